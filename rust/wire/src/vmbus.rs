@@ -1,0 +1,802 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! VMBus: the control messages between guest and host, and the packets in a channel's rings.
+//!
+//! Control messages travel as SynIC messages (at most [`MAX_MESSAGE_LEN`] bytes of payload): a
+//! [`MessageHeader`] and one of the message bodies below. Packets travel in rings, see [`crate::ring`].
+
+use core::fmt;
+
+use zerocopy::{
+    little_endian::{
+        U16,
+        U32,
+        U64, //
+    },
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+    Unaligned, //
+};
+use zerocopy_derive::{
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout,
+    Unaligned, //
+};
+
+use crate::Guid;
+
+/// Size of a Hyper-V page, whatever the guest's page size.
+pub const PAGE_SIZE: u32 = 4096;
+
+/// Payload bytes of one SynIC message.
+pub const MAX_MESSAGE_LEN: usize = 240;
+
+/// SynIC message type of VMBus control messages.
+pub const SYNIC_MESSAGE_TYPE: u32 = 1;
+
+/// The synthetic interrupt source that Linux and older hosts use for VMBus.
+pub const DEFAULT_SINT: u8 = 2;
+
+/// Number of event flags of one synthetic interrupt source, and so the limit of channel relids.
+pub const EVENT_FLAG_COUNT: u32 = 2048;
+
+/// Connection id for control messages of protocols before 5.0.
+pub const MESSAGE_CONNECTION_ID: u32 = 1;
+
+/// Connection id of [`InitiateContact`] from protocol 5.0 on.
+pub const MESSAGE_CONNECTION_ID_V5: u32 = 4;
+
+/// Connection id shared by all channels whose interrupt is not dedicated: the guest marks the
+/// channel in the interrupt page first.
+pub const EVENT_CONNECTION_ID: u32 = 2;
+
+/// Bytes that a device defines in an offer, and that a guest passes on open.
+pub const USER_DEFINED_LEN: usize = 120;
+
+/// Class GUIDs of the device types this project knows.
+pub mod class {
+    use crate::Guid;
+
+    /// Synthetic network device.
+    pub const NETWORK: Guid = Guid::new(
+        0xf8615163,
+        0xdf3e,
+        0x46c5,
+        [0x91, 0x3f, 0xf2, 0xd2, 0xf9, 0x65, 0xed, 0x0e],
+    );
+
+    /// Virtual PCI bus.
+    pub const PCI: Guid = Guid::new(
+        0x44c4f61d,
+        0x4444,
+        0x4400,
+        [0x9d, 0x52, 0x80, 0x2e, 0x27, 0xed, 0xe1, 0x9f],
+    );
+}
+
+/// A protocol version: major number in the upper half, minor number in the lower half.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Version(pub u32);
+
+impl Version {
+    /// Windows 8, Server 2012.
+    pub const V2_4: Self = Self::new(2, 4);
+    /// Windows 8.1, Server 2012 R2.
+    pub const V3_0: Self = Self::new(3, 0);
+    /// Windows 10.
+    pub const V4_0: Self = Self::new(4, 0);
+    /// Windows 10 RS3: modify channel.
+    pub const V4_1: Self = Self::new(4, 1);
+    /// Message connection id 4; the guest names the message SINT.
+    pub const V5_0: Self = Self::new(5, 0);
+    /// Windows 10 RS4.
+    pub const V5_1: Self = Self::new(5, 1);
+    /// Server 2019.
+    pub const V5_2: Self = Self::new(5, 2);
+    /// Server 2022: modify channel is answered.
+    pub const V5_3: Self = Self::new(5, 3);
+    /// Feature flags.
+    pub const V6_0: Self = Self::new(6, 0);
+
+    /// Every version of this crate, newest first: the order in which a guest offers them.
+    pub const ALL: [Self; 9] = [
+        Self::V6_0,
+        Self::V5_3,
+        Self::V5_2,
+        Self::V5_1,
+        Self::V5_0,
+        Self::V4_1,
+        Self::V4_0,
+        Self::V3_0,
+        Self::V2_4,
+    ];
+
+    /// Makes a version of its two numbers.
+    pub const fn new(major: u16, minor: u16) -> Self {
+        Self((major as u32) << 16 | minor as u32)
+    }
+
+    /// Major number.
+    pub const fn major(self) -> u16 {
+        (self.0 >> 16) as u16
+    }
+
+    /// Minor number.
+    pub const fn minor(self) -> u16 {
+        self.0 as u16
+    }
+
+    /// Whether the version is one of [`Self::ALL`].
+    pub fn is_known(self) -> bool {
+        Self::ALL.contains(&self)
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major(), self.minor())
+    }
+}
+
+impl fmt::Debug for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Message types and their names. A type that is not listed is legal to receive: it is unknown.
+pub mod message_type {
+    /// Host offers a channel: [`super::OfferChannel`].
+    pub const OFFER_CHANNEL: u32 = 1;
+    /// Host takes an offer back: [`super::ChannelId`].
+    pub const RESCIND_CHANNEL_OFFER: u32 = 2;
+    /// Guest asks for all offers; no body.
+    pub const REQUEST_OFFERS: u32 = 3;
+    /// Host has sent all offers of boot time; no body.
+    pub const ALL_OFFERS_DELIVERED: u32 = 4;
+    /// Guest opens a channel: [`super::OpenChannel`].
+    pub const OPEN_CHANNEL: u32 = 5;
+    /// Host answers an open: [`super::OpenResult`].
+    pub const OPEN_CHANNEL_RESULT: u32 = 6;
+    /// Guest closes a channel: [`super::ChannelId`].
+    pub const CLOSE_CHANNEL: u32 = 7;
+    /// Guest begins to describe memory: [`super::GpadlHeader`] and ranges.
+    pub const GPADL_HEADER: u32 = 8;
+    /// Guest continues to describe memory: [`super::GpadlBody`] and page numbers.
+    pub const GPADL_BODY: u32 = 9;
+    /// Host has taken the description: [`super::GpadlCreated`].
+    pub const GPADL_CREATED: u32 = 10;
+    /// Guest takes the memory back: [`super::GpadlTeardown`].
+    pub const GPADL_TEARDOWN: u32 = 11;
+    /// Host does not use the memory any more: [`super::GpadlTorndown`].
+    pub const GPADL_TORNDOWN: u32 = 12;
+    /// Guest has forgotten a rescinded channel: [`super::ChannelId`].
+    pub const RELID_RELEASED: u32 = 13;
+    /// Guest proposes a version: [`super::InitiateContact`].
+    pub const INITIATE_CONTACT: u32 = 14;
+    /// Host answers: [`super::VersionResponse`].
+    pub const VERSION_RESPONSE: u32 = 15;
+    /// Guest ends the connection; no body.
+    pub const UNLOAD: u32 = 16;
+    /// Host has ended the connection; no body.
+    pub const UNLOAD_RESPONSE: u32 = 17;
+    /// Guest opens a channel that exists without an offer.
+    pub const OPEN_RESERVED_CHANNEL: u32 = 18;
+    /// Guest closes a reserved channel.
+    pub const CLOSE_RESERVED_CHANNEL: u32 = 19;
+    /// Host answers the close of a reserved channel.
+    pub const CLOSE_RESERVED_RESPONSE: u32 = 20;
+    /// Guest connects to a Hyper-V socket: [`super::TlConnectRequest`].
+    pub const TL_CONNECT_REQUEST: u32 = 21;
+    /// Guest moves a channel's interrupt: [`super::ModifyChannel`].
+    pub const MODIFY_CHANNEL: u32 = 22;
+    /// Host answers a socket connection: [`super::TlConnectResult`].
+    pub const TL_CONNECT_RESULT: u32 = 23;
+    /// Host answers, from protocol 5.3 on: [`super::ModifyChannelResponse`].
+    pub const MODIFY_CHANNEL_RESPONSE: u32 = 24;
+    /// Guest changes the monitor pages (6.0, by feature flag).
+    pub const MODIFY_CONNECTION: u32 = 25;
+    /// Host answers.
+    pub const MODIFY_CONNECTION_RESPONSE: u32 = 26;
+    /// Guest stops the host's control messages (6.0, by feature flag).
+    pub const PAUSE: u32 = 27;
+    /// Host answers.
+    pub const PAUSE_RESPONSE: u32 = 28;
+    /// Guest lets the host's control messages flow again.
+    pub const RESUME: u32 = 29;
+
+    /// Name of a message type for logs.
+    pub const fn name(message_type: u32) -> &'static str {
+        match message_type {
+            OFFER_CHANNEL => "OFFER_CHANNEL",
+            RESCIND_CHANNEL_OFFER => "RESCIND_CHANNEL_OFFER",
+            REQUEST_OFFERS => "REQUEST_OFFERS",
+            ALL_OFFERS_DELIVERED => "ALL_OFFERS_DELIVERED",
+            OPEN_CHANNEL => "OPEN_CHANNEL",
+            OPEN_CHANNEL_RESULT => "OPEN_CHANNEL_RESULT",
+            CLOSE_CHANNEL => "CLOSE_CHANNEL",
+            GPADL_HEADER => "GPADL_HEADER",
+            GPADL_BODY => "GPADL_BODY",
+            GPADL_CREATED => "GPADL_CREATED",
+            GPADL_TEARDOWN => "GPADL_TEARDOWN",
+            GPADL_TORNDOWN => "GPADL_TORNDOWN",
+            RELID_RELEASED => "RELID_RELEASED",
+            INITIATE_CONTACT => "INITIATE_CONTACT",
+            VERSION_RESPONSE => "VERSION_RESPONSE",
+            UNLOAD => "UNLOAD",
+            UNLOAD_RESPONSE => "UNLOAD_RESPONSE",
+            OPEN_RESERVED_CHANNEL => "OPEN_RESERVED_CHANNEL",
+            CLOSE_RESERVED_CHANNEL => "CLOSE_RESERVED_CHANNEL",
+            CLOSE_RESERVED_RESPONSE => "CLOSE_RESERVED_RESPONSE",
+            TL_CONNECT_REQUEST => "TL_CONNECT_REQUEST",
+            MODIFY_CHANNEL => "MODIFY_CHANNEL",
+            TL_CONNECT_RESULT => "TL_CONNECT_RESULT",
+            MODIFY_CHANNEL_RESPONSE => "MODIFY_CHANNEL_RESPONSE",
+            MODIFY_CONNECTION => "MODIFY_CONNECTION",
+            MODIFY_CONNECTION_RESPONSE => "MODIFY_CONNECTION_RESPONSE",
+            PAUSE => "PAUSE",
+            PAUSE_RESPONSE => "PAUSE_RESPONSE",
+            RESUME => "RESUME",
+            _ => "UNKNOWN",
+        }
+    }
+}
+
+/// Status values that the host puts into its answers.
+pub mod status {
+    /// Done.
+    pub const SUCCESS: u32 = 0;
+    /// The request could not be carried out.
+    pub const UNSUCCESSFUL: u32 = 0xc000_0001;
+    /// The request makes no sense.
+    pub const INVALID_PARAMETER: u32 = 0xc000_000d;
+    /// Nobody listens at that endpoint.
+    pub const CONNECTION_REFUSED: u32 = 0xc000_0236;
+}
+
+/// Flags of an offer.
+pub mod offer_flag {
+    /// The device's interface shall be enumerated to guest user space.
+    pub const ENUMERATE_DEVICE_INTERFACE: u16 = 0x0001;
+    /// Ring buffers are in encrypted memory.
+    pub const CONFIDENTIAL_RING_BUFFER: u16 = 0x0002;
+    /// External memory is encrypted.
+    pub const CONFIDENTIAL_EXTERNAL_MEMORY: u16 = 0x0004;
+    /// The channel is a pipe.
+    pub const NAMED_PIPE_MODE: u16 = 0x0010;
+    /// A Hyper-V socket.
+    pub const TLNPI_PROVIDER: u16 = 0x2000;
+}
+
+/// Feature flags of protocol 6.0.
+pub mod feature_flag {
+    /// The guest chooses the event flag and connection id on open.
+    pub const GUEST_SPECIFIED_SIGNAL_PARAMETERS: u32 = 0x01;
+    /// Interrupts may be redirected on open.
+    pub const CHANNEL_INTERRUPT_REDIRECTION: u32 = 0x02;
+    /// The monitor pages may be changed.
+    pub const MODIFY_CONNECTION: u32 = 0x04;
+    /// The guest identifies itself by a GUID.
+    pub const CLIENT_ID: u32 = 0x08;
+    /// Encrypted rings and external memory.
+    pub const CONFIDENTIAL_CHANNELS: u32 = 0x10;
+    /// Control messages may be paused.
+    pub const PAUSE_RESUME: u32 = 0x20;
+}
+
+/// Declares a byte-image structure with the derives that all of them need.
+macro_rules! wire_struct {
+    ($(#[$meta:meta])* pub struct $name:ident { $($(#[$field_meta:meta])* pub $field:ident: $ty:ty,)* }) => {
+        $(#[$meta])*
+        #[derive(
+            Clone,
+            Copy,
+            Debug,
+            PartialEq,
+            Eq,
+            FromBytes,
+            IntoBytes,
+            Immutable,
+            KnownLayout,
+            Unaligned,
+        )]
+        #[repr(C)]
+        pub struct $name {
+            $($(#[$field_meta])* pub $field: $ty,)*
+        }
+    };
+}
+
+wire_struct! {
+    /// The beginning of every control message.
+    pub struct MessageHeader {
+        /// One of [`message_type`].
+        pub message_type: U32,
+        /// Zero.
+        pub padding: U32,
+    }
+}
+
+impl MessageHeader {
+    /// The header of a message of the given type.
+    pub const fn new(message_type: u32) -> Self {
+        Self {
+            message_type: U32::new(message_type),
+            padding: U32::ZERO,
+        }
+    }
+}
+
+/// A message shorter than its type demands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooShort {
+    /// Bytes needed.
+    pub needed: usize,
+    /// Bytes present.
+    pub present: usize,
+}
+
+impl fmt::Display for TooShort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes where {} are needed", self.present, self.needed)
+    }
+}
+
+/// Copies a structure from the front of `bytes` and gives what follows it.
+pub fn parse<T>(bytes: &[u8]) -> Result<(T, &[u8]), TooShort>
+where
+    T: FromBytes + KnownLayout + Immutable + Unaligned,
+{
+    T::read_from_prefix(bytes).map_err(|_| TooShort {
+        needed: size_of::<T>(),
+        present: bytes.len(),
+    })
+}
+
+/// A control message ready to be posted, in a buffer of its own.
+#[derive(Clone, Copy)]
+pub struct MessageBuffer {
+    bytes: [u8; MAX_MESSAGE_LEN],
+    len: usize,
+}
+
+impl MessageBuffer {
+    /// A message without body.
+    pub fn empty(message_type: u32) -> Self {
+        let header = MessageHeader::new(message_type);
+        let mut bytes = [0; MAX_MESSAGE_LEN];
+        let len = size_of::<MessageHeader>();
+        bytes[..len].copy_from_slice(header.as_bytes());
+        Self { bytes, len }
+    }
+
+    /// A message with a body. `None` if it is longer than a message can be.
+    pub fn new<T: IntoBytes + Immutable>(message_type: u32, body: &T) -> Option<Self> {
+        let mut message = Self::empty(message_type);
+        message.push(body.as_bytes())?;
+        Some(message)
+    }
+
+    /// Appends bytes. `None`, and no change, if they do not fit.
+    pub fn push(&mut self, more: &[u8]) -> Option<()> {
+        let end = self.len.checked_add(more.len())?;
+        self.bytes.get_mut(self.len..end)?.copy_from_slice(more);
+        self.len = end;
+        Some(())
+    }
+
+    /// The message.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+wire_struct! {
+    /// Body of [`message_type::OFFER_CHANNEL`].
+    pub struct OfferChannel {
+        /// Device class.
+        pub class: Guid,
+        /// Device instance.
+        pub instance: Guid,
+        /// Zero.
+        pub reserved: [U32; 4],
+        /// [`offer_flag`] bits.
+        pub flags: U16,
+        /// MMIO space the device needs, in megabytes.
+        pub mmio_megabytes: U16,
+        /// Meaning depends on the class.
+        pub user_defined: [u8; USER_DEFINED_LEN],
+        /// Zero for the primary channel.
+        pub subchannel_index: U16,
+        /// MMIO space the device can use, in megabytes.
+        pub mmio_megabytes_optional: U16,
+        /// Names the channel in all other messages; also its event flag number.
+        pub relid: U32,
+        /// Bit in the monitor page, if allocated.
+        pub monitor_id: u8,
+        /// Bit 0: the monitor bit is allocated.
+        pub monitor_allocated: u8,
+        /// Bit 0: the channel has a connection id of its own.
+        pub is_dedicated: U16,
+        /// Connection id for signalling the host.
+        pub connection_id: U32,
+    }
+}
+
+wire_struct! {
+    /// Body of the messages that only name a channel.
+    pub struct ChannelId {
+        /// The channel.
+        pub relid: U32,
+    }
+}
+
+wire_struct! {
+    /// Body of [`message_type::OPEN_CHANNEL`].
+    pub struct OpenChannel {
+        /// The channel.
+        pub relid: U32,
+        /// Repeated in the result.
+        pub open_id: U32,
+        /// GPADL that holds both rings.
+        pub ring_gpadl: U32,
+        /// Virtual processor to interrupt.
+        pub target_vp: U32,
+        /// Page of the GPADL where the host-to-guest ring begins.
+        pub downstream_page_offset: U32,
+        /// For the device.
+        pub user_data: [u8; USER_DEFINED_LEN],
+    }
+}
+
+wire_struct! {
+    /// Body of [`message_type::OPEN_CHANNEL_RESULT`].
+    pub struct OpenResult {
+        /// The channel.
+        pub relid: U32,
+        /// From the request.
+        pub open_id: U32,
+        /// [`status`].
+        pub status: U32,
+    }
+}
+
+wire_struct! {
+    /// Fixed part of [`message_type::GPADL_HEADER`]; the beginning of the range buffer follows.
+    pub struct GpadlHeader {
+        /// The channel.
+        pub relid: U32,
+        /// Chosen by the guest.
+        pub gpadl: U32,
+        /// Bytes of the whole range buffer, in this message and the bodies.
+        pub range_buffer_len: U16,
+        /// Number of ranges.
+        pub range_count: U16,
+    }
+}
+
+wire_struct! {
+    /// Fixed part of [`message_type::GPADL_BODY`]; more of the range buffer follows.
+    pub struct GpadlBody {
+        /// Number of the body message; Linux leaves it zero.
+        pub message_number: U32,
+        /// From the header.
+        pub gpadl: U32,
+    }
+}
+
+/// Page numbers that fit into a [`GpadlHeader`] message with one range.
+pub const GPADL_HEADER_PFNS: usize = (MAX_MESSAGE_LEN
+    - size_of::<MessageHeader>()
+    - size_of::<GpadlHeader>()
+    - size_of::<GpaRangeHeader>())
+    / 8;
+
+/// Page numbers that fit into a [`GpadlBody`] message.
+pub const GPADL_BODY_PFNS: usize =
+    (MAX_MESSAGE_LEN - size_of::<MessageHeader>() - size_of::<GpadlBody>()) / 8;
+
+wire_struct! {
+    /// Body of [`message_type::GPADL_CREATED`].
+    pub struct GpadlCreated {
+        /// The channel.
+        pub relid: U32,
+        /// The GPADL.
+        pub gpadl: U32,
+        /// [`status`].
+        pub status: U32,
+    }
+}
+
+wire_struct! {
+    /// Body of [`message_type::GPADL_TEARDOWN`].
+    pub struct GpadlTeardown {
+        /// The channel.
+        pub relid: U32,
+        /// The GPADL.
+        pub gpadl: U32,
+    }
+}
+
+wire_struct! {
+    /// Body of [`message_type::GPADL_TORNDOWN`].
+    pub struct GpadlTorndown {
+        /// The GPADL.
+        pub gpadl: U32,
+    }
+}
+
+wire_struct! {
+    /// Body of [`message_type::INITIATE_CONTACT`].
+    pub struct InitiateContact {
+        /// The [`Version`] that the guest proposes.
+        pub version: U32,
+        /// Virtual processor that shall get the host's messages.
+        pub target_vp: U32,
+        /// Before 5.0 the address of the interrupt page. From 5.0 on byte 0 is the message SINT,
+        /// byte 1 the trust level, bytes 4-7 are [`feature_flag`] bits (6.0).
+        pub interrupt_page_or_target: U64,
+        /// Address of the host-to-guest monitor page.
+        pub monitor_page_to_guest: U64,
+        /// Address of the guest-to-host monitor page.
+        pub monitor_page_to_host: U64,
+    }
+}
+
+impl InitiateContact {
+    /// The message SINT, from protocol 5.0 on.
+    pub fn message_sint(&self) -> u8 {
+        self.interrupt_page_or_target.get() as u8
+    }
+
+    /// The trust level, from protocol 5.0 on.
+    pub fn message_vtl(&self) -> u8 {
+        (self.interrupt_page_or_target.get() >> 8) as u8
+    }
+
+    /// [`feature_flag`] bits, from protocol 6.0 on.
+    pub fn feature_flags(&self) -> u32 {
+        (self.interrupt_page_or_target.get() >> 32) as u32
+    }
+}
+
+wire_struct! {
+    /// Body of [`message_type::VERSION_RESPONSE`].
+    pub struct VersionResponse {
+        /// One if the proposed version is accepted.
+        pub version_supported: u8,
+        /// Zero if the connection was made.
+        pub connection_state: u8,
+        /// Zero.
+        pub padding: U16,
+        /// Connection id for all further messages, from protocol 5.0 on.
+        pub message_connection_id: U32,
+    }
+}
+
+wire_struct! {
+    /// Body of [`message_type::TL_CONNECT_REQUEST`].
+    pub struct TlConnectRequest {
+        /// Endpoint in the guest.
+        pub endpoint: Guid,
+        /// Service of the host.
+        pub service: Guid,
+    }
+}
+
+wire_struct! {
+    /// Body of [`message_type::TL_CONNECT_RESULT`].
+    pub struct TlConnectResult {
+        /// Endpoint in the guest.
+        pub endpoint: Guid,
+        /// Service of the host.
+        pub service: Guid,
+        /// [`status`].
+        pub status: U32,
+    }
+}
+
+wire_struct! {
+    /// Body of [`message_type::MODIFY_CHANNEL`].
+    pub struct ModifyChannel {
+        /// The channel.
+        pub relid: U32,
+        /// Virtual processor to interrupt from now on.
+        pub target_vp: U32,
+    }
+}
+
+wire_struct! {
+    /// Body of [`message_type::MODIFY_CHANNEL_RESPONSE`].
+    pub struct ModifyChannelResponse {
+        /// The channel.
+        pub relid: U32,
+        /// [`status`].
+        pub status: U32,
+    }
+}
+
+/// Types of ring packets.
+pub mod packet_type {
+    /// Payload directly behind the descriptor.
+    pub const DATA_INBAND: u16 = 0x6;
+    /// Payload and ranges of a transfer page set (host to guest).
+    pub const DATA_USING_XFER_PAGES: u16 = 0x7;
+    /// Payload and ranges of a GPADL.
+    pub const DATA_USING_GPADL: u16 = 0x8;
+    /// Payload and ranges of guest memory (guest to host).
+    pub const DATA_USING_GPA_DIRECT: u16 = 0x9;
+    /// The sender does not want the answer any more.
+    pub const CANCEL_REQUEST: u16 = 0xa;
+    /// Answer to the packet with the same transaction id.
+    pub const COMPLETION: u16 = 0xb;
+
+    /// Name of a packet type for logs.
+    pub const fn name(packet_type: u16) -> &'static str {
+        match packet_type {
+            DATA_INBAND => "DATA_INBAND",
+            DATA_USING_XFER_PAGES => "DATA_USING_XFER_PAGES",
+            DATA_USING_GPADL => "DATA_USING_GPADL",
+            DATA_USING_GPA_DIRECT => "DATA_USING_GPA_DIRECT",
+            CANCEL_REQUEST => "CANCEL_REQUEST",
+            COMPLETION => "COMPLETION",
+            _ => "UNKNOWN",
+        }
+    }
+}
+
+/// Packet flag: the sender waits for a completion.
+pub const PACKET_FLAG_COMPLETION_REQUESTED: u16 = 1;
+
+wire_struct! {
+    /// The beginning of every ring packet.
+    pub struct PacketDescriptor {
+        /// One of [`packet_type`].
+        pub packet_type: U16,
+        /// Offset of the payload from the descriptor, in units of 8 bytes.
+        pub offset8: U16,
+        /// Length of the packet from the descriptor, in units of 8 bytes.
+        pub len8: U16,
+        /// [`PACKET_FLAG_COMPLETION_REQUESTED`].
+        pub flags: U16,
+        /// Chosen by the sender, repeated in the completion.
+        pub transaction_id: U64,
+    }
+}
+
+wire_struct! {
+    /// Behind the descriptor of a [`packet_type::DATA_USING_XFER_PAGES`] packet; followed by
+    /// `range_count` [`TransferRange`]s.
+    pub struct TransferPagesHeader {
+        /// The page set, a number that both ends know.
+        pub pageset_id: U16,
+        /// Whether the sender owns the set.
+        pub sender_owns_set: u8,
+        /// Zero.
+        pub reserved: u8,
+        /// Number of ranges.
+        pub range_count: U32,
+    }
+}
+
+wire_struct! {
+    /// Part of a transfer page set.
+    pub struct TransferRange {
+        /// Bytes.
+        pub byte_count: U32,
+        /// Offset from the beginning of the set.
+        pub byte_offset: U32,
+    }
+}
+
+wire_struct! {
+    /// Behind the descriptor of a [`packet_type::DATA_USING_GPA_DIRECT`] packet; followed by
+    /// `range_count` times [`GpaRangeHeader`] and page numbers.
+    pub struct GpaDirectHeader {
+        /// Zero.
+        pub reserved: U32,
+        /// Number of ranges.
+        pub range_count: U32,
+    }
+}
+
+wire_struct! {
+    /// A virtually contiguous range of guest memory; the page numbers follow.
+    pub struct GpaRangeHeader {
+        /// Bytes.
+        pub byte_count: U32,
+        /// Offset of the first byte in the first page.
+        pub byte_offset: U32,
+    }
+}
+
+impl GpaRangeHeader {
+    /// Number of page numbers that follow. `None` if the offset is not within the first page.
+    pub fn page_count(&self) -> Option<usize> {
+        let offset = self.byte_offset.get();
+        if offset >= PAGE_SIZE {
+            return None;
+        }
+        let end = u64::from(offset) + u64::from(self.byte_count.get());
+        usize::try_from(end.div_ceil(u64::from(PAGE_SIZE))).ok()
+    }
+}
+
+/// What is wrong with a list of ranges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeError {
+    /// The buffer ends before the last range does.
+    Truncated,
+    /// A range begins behind its first page.
+    OffsetOutsidePage,
+    /// A range has no bytes.
+    Empty,
+}
+
+impl fmt::Display for RangeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Truncated => "range list is truncated",
+            Self::OffsetOutsidePage => "range offset is not within the first page",
+            Self::Empty => "range has no bytes",
+        })
+    }
+}
+
+/// One range of a range buffer: header and page numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct GpaRange<'a> {
+    /// Length and offset.
+    pub header: GpaRangeHeader,
+    /// One page number for each page that the range touches.
+    pub pfns: &'a [U64],
+}
+
+/// Iterator over the ranges of a GPADL or GPA direct packet.
+#[derive(Clone)]
+pub struct GpaRanges<'a> {
+    rest: &'a [u8],
+    left: u32,
+}
+
+impl<'a> GpaRanges<'a> {
+    /// Iterates over `count` ranges in `buffer`. Bytes behind the last range are ignored.
+    pub fn new(buffer: &'a [u8], count: u32) -> Self {
+        Self {
+            rest: buffer,
+            left: count,
+        }
+    }
+
+    /// The next range; moves on only if it is sound.
+    fn take(&mut self) -> Result<GpaRange<'a>, RangeError> {
+        let (header, rest) =
+            parse::<GpaRangeHeader>(self.rest).map_err(|_| RangeError::Truncated)?;
+        if header.byte_count.get() == 0 {
+            return Err(RangeError::Empty);
+        }
+        let pages = header.page_count().ok_or(RangeError::OffsetOutsidePage)?;
+        let (pfns, rest) = <[U64]>::ref_from_prefix_with_elems(rest, pages)
+            .map_err(|_| RangeError::Truncated)?;
+        self.rest = rest;
+        Ok(GpaRange { header, pfns })
+    }
+}
+
+impl<'a> Iterator for GpaRanges<'a> {
+    type Item = Result<GpaRange<'a>, RangeError>;
+
+    /// After an error there is nothing more: what follows has no defined meaning.
+    fn next(&mut self) -> Option<Self::Item> {
+        self.left = self.left.checked_sub(1)?;
+        let range = self.take();
+        if range.is_err() {
+            self.left = 0;
+        }
+        Some(range)
+    }
+}
