@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: GPL-2.0
+//! `lab-agent`: see the library.
+
+use std::error::Error;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+
+use clap::{Parser, Subcommand};
+use lab_agent::{frames, netns, serve, tcp, udp};
+use serde::Serialize;
+
+/// The lab's hands in the guest and in the namespace of its peer
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    /// Work in this network namespace
+    #[arg(long)]
+    netns: Option<String>,
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Take commands over a serial port
+    Serve {
+        /// The terminal device
+        line: PathBuf,
+    },
+    /// Run a program (in the network namespace)
+    Exec {
+        /// The program and its arguments
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        argv: Vec<String>,
+    },
+    /// Send raw frames of random sizes
+    FramesSend(frames::SendOptions),
+    /// Receive and check raw frames
+    FramesReceive(frames::ReceiveOptions),
+    /// Send a sequence-numbered UDP stream
+    UdpSend(udp::SendOptions),
+    /// Receive a sequence-numbered UDP stream
+    UdpReceive(udp::ReceiveOptions),
+    /// Send a TCP stream
+    TcpSend(tcp::SendOptions),
+    /// Receive and check a TCP stream
+    TcpReceive(tcp::ReceiveOptions),
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lab-agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
+    if let Some(name) = &cli.netns {
+        netns::enter(name)?;
+    }
+    match cli.command {
+        Task::Serve { line } => serve::serve(&line)?,
+        Task::Exec { argv } => return Err(exec(&argv).into()),
+        Task::FramesSend(options) => print(&frames::send(&options)?)?,
+        Task::FramesReceive(options) => print(&frames::receive(&options)?)?,
+        Task::UdpSend(options) => print(&udp::send(&options, &*on_interrupt()?)?)?,
+        Task::UdpReceive(options) => print(&udp::receive(&options)?)?,
+        Task::TcpSend(options) => print(&tcp::send(&options, &*on_interrupt()?)?)?,
+        Task::TcpReceive(options) => print(&tcp::receive(&options)?)?,
+    }
+    Ok(())
+}
+
+/// Replaces this process; returns only when that fails.
+fn exec(argv: &[String]) -> io::Error {
+    let error = Command::new(&argv[0]).args(&argv[1..]).exec();
+    io::Error::new(error.kind(), format!("{}: {error}", argv[0]))
+}
+
+/// A flag that SIGINT and SIGTERM set.
+fn on_interrupt() -> io::Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        signal_hook::flag::register(signal, flag.clone())?;
+    }
+    Ok(flag)
+}
+
+fn print(report: &impl Serialize) -> serde_json::Result<()> {
+    println!("{}", serde_json::to_string(report)?);
+    Ok(())
+}
