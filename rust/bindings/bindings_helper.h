@@ -6,3 +6,4 @@
 #include <linux/etherdevice.h>
 #include <linux/hyperv.h>
 #include <linux/netdevice.h>
+#include <linux/vmalloc.h>
