@@ -160,7 +160,10 @@ mod tests {
         assert_eq!(NET.to_string(), text);
         assert_eq!(text.parse(), Ok(NET));
         assert_eq!("{F8615163-DF3E-46C5-913F-F2D2F965ED0E}".parse(), Ok(NET));
-        assert_eq!(NET.to_bytes()[..8], [0x63, 0x51, 0x61, 0xf8, 0x3e, 0xdf, 0xc5, 0x46]);
+        assert_eq!(
+            NET.to_bytes()[..8],
+            [0x63, 0x51, 0x61, 0xf8, 0x3e, 0xdf, 0xc5, 0x46]
+        );
         assert_eq!(Guid::from_bytes(NET.to_bytes()), NET);
     }
 

@@ -780,8 +780,8 @@ impl<'a> GpaRanges<'a> {
             return Err(RangeError::Empty);
         }
         let pages = header.page_count().ok_or(RangeError::OffsetOutsidePage)?;
-        let (pfns, rest) = <[U64]>::ref_from_prefix_with_elems(rest, pages)
-            .map_err(|_| RangeError::Truncated)?;
+        let (pfns, rest) =
+            <[U64]>::ref_from_prefix_with_elems(rest, pages).map_err(|_| RangeError::Truncated)?;
         self.rest = rest;
         Ok(GpaRange { header, pfns })
     }
