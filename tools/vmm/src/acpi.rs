@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: GPL-2.0
+//! ACPI tables: RSDP, XSDT, FADT with DSDT and FACS, MADT.
+//!
+//! The DSDT holds what a guest needs to find the VMBus and to switch itself off, nothing more.
+
+use crate::layout;
+
+const OEM_ID: &[u8; 6] = b"HVLAB ";
+const OEM_TABLE_ID: &[u8; 8] = b"HVLABVMM";
+const CREATOR_ID: &[u8; 4] = b"HVLB";
+/// Length of the header every table begins with.
+const HEADER: usize = 36;
+
+/// An MMIO window of the VMBus device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// First address.
+    pub base: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// What the tables depend on.
+#[derive(Debug, Clone, Copy)]
+pub struct Config {
+    /// Virtual processors; their APIC ids are 0, 1, ….
+    pub cpus: u32,
+    /// MMIO window below 4 GiB.
+    pub low_mmio: Window,
+    /// MMIO window above 4 GiB.
+    pub high_mmio: Window,
+}
+
+/// The tables as one block, to be placed at a given address.
+pub struct Tables {
+    /// Bytes of the block.
+    pub bytes: Vec<u8>,
+    /// Address of the RSDP.
+    pub rsdp: u64,
+}
+
+fn checksum(bytes: &[u8]) -> u8 {
+    bytes
+        .iter()
+        .fold(0u8, |sum, &byte| sum.wrapping_add(byte))
+        .wrapping_neg()
+}
+
+/// Puts the common header in front of a body.
+fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
+    let mut table = Vec::with_capacity(HEADER + body.len());
+    table.extend(signature);
+    table.extend(((HEADER + body.len()) as u32).to_le_bytes());
+    table.push(revision);
+    table.push(0);
+    table.extend(OEM_ID);
+    table.extend(OEM_TABLE_ID);
+    table.extend(1u32.to_le_bytes());
+    table.extend(CREATOR_ID);
+    table.extend(1u32.to_le_bytes());
+    table.extend(body);
+    table[9] = checksum(&table);
+    table
+}
+
+/// AML, as far as the DSDT needs it.
+mod aml {
+    /// `PkgLength` and the bytes it counts; the length includes itself.
+    fn package_length(body: &[u8]) -> Vec<u8> {
+        let len = body.len();
+        let mut out = Vec::with_capacity(len + 4);
+        if len + 1 < 1 << 6 {
+            out.push((len + 1) as u8);
+        } else {
+            // The first byte has the count of further bytes and the lowest four bits.
+            let extra = (1..=3usize)
+                .find(|extra| len + extra + 1 < 1 << (4 + 8 * extra))
+                .expect("no DSDT of ours is that long");
+            let total = len + extra + 1;
+            out.push((extra << 6 | total & 0xf) as u8);
+            out.extend((0..extra).map(|i| (total >> (4 + 8 * i)) as u8));
+        }
+        out.extend(body);
+        out
+    }
+
+    fn with_package_length(op: &[u8], body: &[u8]) -> Vec<u8> {
+        [op, &package_length(body)].concat()
+    }
+
+    /// An integer constant that fits into a byte.
+    fn byte(value: u8) -> Vec<u8> {
+        match value {
+            0 | 1 => vec![value],
+            _ => vec![0x0a, value],
+        }
+    }
+
+    fn string(text: &str) -> Vec<u8> {
+        [b"\x0d", text.as_bytes(), b"\0"].concat()
+    }
+
+    pub fn scope(path: &[u8], body: &[u8]) -> Vec<u8> {
+        with_package_length(b"\x10", &[path, body].concat())
+    }
+
+    pub fn device(name: &[u8; 4], body: &[u8]) -> Vec<u8> {
+        with_package_length(b"\x5b\x82", &[name, body].concat())
+    }
+
+    pub fn name(name: &[u8; 4], value: &[u8]) -> Vec<u8> {
+        [b"\x08", &name[..], value].concat()
+    }
+
+    pub fn name_string(of: &[u8; 4], text: &str) -> Vec<u8> {
+        name(of, &string(text))
+    }
+
+    pub fn name_byte(of: &[u8; 4], value: u8) -> Vec<u8> {
+        name(of, &byte(value))
+    }
+
+    /// A package of small integers.
+    pub fn package(values: &[u8]) -> Vec<u8> {
+        let mut body = vec![values.len() as u8];
+        values.iter().for_each(|&value| body.extend(byte(value)));
+        with_package_length(b"\x12", &body)
+    }
+
+    /// A resource template.
+    pub fn resources(descriptors: &[u8]) -> Vec<u8> {
+        // End tag; a zero checksum counts as correct.
+        let bytes = [descriptors, &[0x79, 0]].concat();
+        let len = bytes.len();
+        assert!(len < 0x100, "one byte holds the length");
+        with_package_length(b"\x11", &[&[0x0a, len as u8], &bytes[..]].concat())
+    }
+
+    /// A window of addresses that a bus hands out: producer, fixed, cacheability left open, read-write.
+    pub fn memory_window(window: super::Window) -> Vec<u8> {
+        let super::Window { base, len } = window;
+        let mut out = vec![0x8a, 0x2b, 0];
+        out.extend([0, 0x0c, 0x01]);
+        for value in [0, base, base + len - 1, 0, len] {
+            out.extend(value.to_le_bytes());
+        }
+        out
+    }
+
+    /// The same with 32-bit fields.
+    pub fn memory_window32(window: super::Window) -> Vec<u8> {
+        let super::Window { base, len } = window;
+        let mut out = vec![0x87, 0x17, 0];
+        out.extend([0, 0x0c, 0x01]);
+        for value in [0, base, base + len - 1, 0, len] {
+            out.extend((value as u32).to_le_bytes());
+        }
+        out
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn package_lengths() {
+            for (len, head) in [
+                (0usize, vec![1u8]),
+                (62, vec![63]),
+                (63, vec![0x41, 4]),
+                (4093, vec![0x4f, 0xff]),
+                (4094, vec![0x81, 0x00, 0x01]),
+            ] {
+                let out = package_length(&vec![0xaa; len]);
+                assert_eq!(out[..head.len()], head[..], "length {len}");
+                assert_eq!(out.len(), len + head.len());
+            }
+        }
+    }
+}
+
+fn dsdt(config: &Config) -> Vec<u8> {
+    let mut windows = Vec::new();
+    if config.low_mmio.len > 0 {
+        windows.extend(aml::memory_window32(config.low_mmio));
+    }
+    if config.high_mmio.len > 0 {
+        windows.extend(aml::memory_window(config.high_mmio));
+    }
+    let vmbus = [
+        aml::name_string(b"_HID", "VMBUS"),
+        aml::name_byte(b"_UID", 0),
+        aml::name_byte(b"_STA", 0x0f),
+    ]
+    .concat();
+    // The windows belong to a module device above the bus, as on Hyper-V.
+    let module = [
+        aml::name_string(b"_HID", "ACPI0004"),
+        aml::name_byte(b"_UID", 0),
+        aml::name(b"_CRS", &aml::resources(&windows)),
+        aml::device(b"VMBS", &vmbus),
+    ]
+    .concat();
+    let body = [
+        aml::scope(b"\\_SB_", &aml::device(b"VMOD", &module)),
+        aml::name(b"_S5_", &aml::package(&[SLEEP_TYPE_OFF, SLEEP_TYPE_OFF, 0, 0])),
+    ]
+    .concat();
+    table(b"DSDT", 2, &body)
+}
+
+/// Sleep type of the soft-off state, as the PM1 control register wants it.
+pub const SLEEP_TYPE_OFF: u8 = 5;
+
+/// Fills in the FADT at the specification's offsets.
+fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
+    const LEN: usize = 276;
+    let mut body = vec![0; LEN - HEADER];
+    let mut put = |offset: usize, bytes: &[u8]| {
+        body[offset - HEADER..][..bytes.len()].copy_from_slice(bytes);
+    };
+    // A generic address: system I/O, width in bits, byte or word access.
+    let io = |port: u16, bits: u8| {
+        let mut address = vec![1, bits, 0, if bits == 8 { 1 } else { 2 }];
+        address.extend(u64::from(port).to_le_bytes());
+        address
+    };
+    put(36, &(facs as u32).to_le_bytes());
+    put(40, &(dsdt as u32).to_le_bytes());
+    // SCI_INT.
+    put(46, &9u16.to_le_bytes());
+    put(56, &u32::from(layout::PM1A_EVENT).to_le_bytes());
+    put(64, &u32::from(layout::PM1A_CONTROL).to_le_bytes());
+    put(88, &[4]);
+    put(89, &[2]);
+    // P_LVL2_LAT and P_LVL3_LAT: no such states.
+    put(96, &101u16.to_le_bytes());
+    put(98, &1001u16.to_le_bytes());
+    // Century byte of the CMOS clock.
+    put(108, &[0x32]);
+    // IAPC_BOOT_ARCH: legacy devices, no VGA.
+    put(109, &(1u16 | 1 << 2).to_le_bytes());
+    // WBINVD works, C1 works, sleep and power buttons are control methods, RTC wakes nothing, reset register works.
+    put(
+        112,
+        &(1u32 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 10).to_le_bytes(),
+    );
+    put(116, &io(layout::RESET, 8));
+    put(128, &[layout::RESET_VALUE]);
+    put(132, &facs.to_le_bytes());
+    put(140, &dsdt.to_le_bytes());
+    put(148, &io(layout::PM1A_EVENT, 32));
+    put(172, &io(layout::PM1A_CONTROL, 16));
+    table(b"FACP", 6, &body)
+}
+
+fn facs() -> Vec<u8> {
+    let mut facs = vec![0; 64];
+    facs[..4].copy_from_slice(b"FACS");
+    facs[4..8].copy_from_slice(&64u32.to_le_bytes());
+    facs[32] = 2;
+    facs
+}
+
+fn madt(cpus: u32) -> Vec<u8> {
+    let mut body = Vec::new();
+    body.extend(layout::LAPIC.to_le_bytes());
+    // PCAT_COMPAT: there are two 8259s.
+    body.extend(1u32.to_le_bytes());
+    for cpu in 0..cpus as u8 {
+        // Local APIC: processor UID, APIC id, enabled.
+        body.extend([0, 8, cpu, cpu]);
+        body.extend(1u32.to_le_bytes());
+    }
+    // I/O APIC, id after the processors', GSIs from 0.
+    body.extend([1, 12, cpus as u8, 0]);
+    body.extend(layout::IOAPIC.to_le_bytes());
+    body.extend(0u32.to_le_bytes());
+    // The SCI is level-triggered and active high.
+    body.extend([2, 10, 0, 9]);
+    body.extend(9u32.to_le_bytes());
+    body.extend(0x000du16.to_le_bytes());
+    table(b"APIC", 4, &body)
+}
+
+/// Builds all tables for a block at `base`.
+pub fn build(base: u64, config: &Config) -> Tables {
+    let mut bytes = Vec::new();
+    let mut place = |table: Vec<u8>| {
+        // The FACS wants 64.
+        bytes.resize(bytes.len().next_multiple_of(64), 0);
+        let address = base + bytes.len() as u64;
+        bytes.extend(table);
+        address
+    };
+    let dsdt = place(dsdt(config));
+    let facs = place(facs());
+    let fadt = place(fadt(facs, dsdt));
+    let madt = place(madt(config.cpus));
+    let xsdt = place(table(
+        b"XSDT",
+        1,
+        &[fadt.to_le_bytes(), madt.to_le_bytes()].concat(),
+    ));
+    let mut rsdp = Vec::new();
+    rsdp.extend(b"RSD PTR ");
+    rsdp.push(0);
+    rsdp.extend(OEM_ID);
+    rsdp.push(2);
+    // No RSDT.
+    rsdp.extend(0u32.to_le_bytes());
+    rsdp[8] = checksum(&rsdp);
+    rsdp.extend(36u32.to_le_bytes());
+    rsdp.extend(xsdt.to_le_bytes());
+    rsdp.extend([0; 4]);
+    rsdp[32] = checksum(&rsdp);
+    let rsdp = place(rsdp);
+    Tables { bytes, rsdp }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: Config = Config {
+        cpus: 3,
+        low_mmio: Window {
+            base: 0xe000_0000,
+            len: 0x1000_0000,
+        },
+        high_mmio: Window {
+            base: 0x10_0000_0000,
+            len: 0x40_0000_0000,
+        },
+    };
+    const BASE: u64 = 0xe0000;
+
+    fn u32_at(bytes: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+    }
+
+    fn u64_at(bytes: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, &byte| sum.wrapping_add(byte))
+    }
+
+    /// The table at a guest address, by its own length.
+    fn at(tables: &Tables, address: u64) -> &[u8] {
+        let bytes = &tables.bytes[(address - BASE) as usize..];
+        &bytes[..u32_at(bytes, 4) as usize]
+    }
+
+    #[test]
+    fn tables_are_linked_and_sum_to_zero() {
+        let tables = build(BASE, &CONFIG);
+        let rsdp = &tables.bytes[(tables.rsdp - BASE) as usize..][..36];
+        assert_eq!(&rsdp[..8], b"RSD PTR ");
+        assert_eq!(tables.rsdp % 16, 0);
+        assert_eq!(sum(&rsdp[..20]), 0);
+        assert_eq!(sum(rsdp), 0);
+        let xsdt = at(&tables, u64_at(rsdp, 24));
+        assert_eq!((&xsdt[..4], sum(xsdt)), (&b"XSDT"[..], 0));
+        let fadt = at(&tables, u64_at(xsdt, 36));
+        assert_eq!((&fadt[..4], sum(fadt)), (&b"FACP"[..], 0));
+        let madt = at(&tables, u64_at(xsdt, 44));
+        assert_eq!((&madt[..4], sum(madt)), (&b"APIC"[..], 0));
+        let dsdt = at(&tables, u64_at(fadt, 140));
+        assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
+        let facs = at(&tables, u64_at(fadt, 132));
+        assert_eq!((&facs[..4], facs.len()), (&b"FACS"[..], 64));
+        assert!(tables.bytes.len() < layout::ACPI_LEN as usize);
+    }
+
+    #[test]
+    fn madt_lists_the_processors() {
+        let madt = madt(3);
+        let mut at = 44;
+        let mut apics = Vec::new();
+        while at < madt.len() {
+            if madt[at] == 0 {
+                apics.push(madt[at + 3]);
+            }
+            at += madt[at + 1] as usize;
+        }
+        assert_eq!((at, apics), (madt.len(), vec![0, 1, 2]));
+    }
+
+    #[test]
+    fn dsdt_has_the_windows() {
+        let find = |dsdt: &[u8], what: &[u8]| dsdt.windows(what.len()).any(|part| part == what);
+        let bytes = dsdt(&CONFIG);
+        assert!(find(&bytes, b"\x08_HID\x0dVMBUS\0"));
+        assert!(find(&bytes, &aml::memory_window32(CONFIG.low_mmio)));
+        assert!(find(&bytes, &aml::memory_window(CONFIG.high_mmio)));
+        let none = Window { base: 0, len: 0 };
+        let bytes = dsdt(&Config {
+            high_mmio: none,
+            ..CONFIG
+        });
+        assert!(!find(&bytes, b"\x8a\x2b\0"));
+    }
+}
