@@ -201,8 +201,11 @@ pub struct Retarget<'a> {
 }
 
 impl<'a> Retarget<'a> {
+    /// Size of the input without its variable header.
+    pub const FIXED: usize = size_of::<RetargetHeader>();
+
     /// Size of the largest input.
-    pub const MAX: usize = size_of::<RetargetHeader>() + 8 + 8 * BANKS_MAX;
+    pub const MAX: usize = Self::FIXED + 8 + 8 * BANKS_MAX;
 
     /// Parses an input whose variable header has `variable_header` 8-byte words.
     pub fn parse(input: &'a [u8], variable_header: u16) -> Result<Self, Error> {

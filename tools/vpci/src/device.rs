@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The bus as a VMBus device: one channel, one worker.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use hyperv_wire::vpci::{self, MessageType, Request, SlotNumber};
+use vmbus_host::{
+    Channel, Device, Direction, MessageLog, Offer, OpenRefused, Packet, PacketKind, SendError,
+};
+
+use crate::{
+    bus::{Bus, Outgoing},
+    function::PciFunction,
+};
+
+/// A packet on its way to the guest, with the transaction id it completes.
+type Queued = (u64, Outgoing);
+
+/// What the worker and the other threads share while the channel is open.
+struct Session {
+    channel: Arc<Channel>,
+    /// What found no room in the ring yet, in order.
+    outbox: Mutex<VecDeque<Queued>>,
+}
+
+struct Running {
+    session: Arc<Session>,
+    worker: JoinHandle<()>,
+}
+
+/// A virtual PCI bus on the VMBus.
+pub struct VpciDevice {
+    name: String,
+    bus: Arc<Bus>,
+    log: Arc<MessageLog>,
+    running: Mutex<Option<Running>>,
+    rescinded: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl VpciDevice {
+    /// The device of `bus`; `name` is for the log.
+    pub fn new(name: &str, bus: Arc<Bus>, log: Arc<MessageLog>) -> Arc<Self> {
+        Arc::new(Self {
+            name: name.to_owned(),
+            bus,
+            log,
+            running: Mutex::new(None),
+            rescinded: AtomicBool::new(false),
+        })
+    }
+
+    /// The bus.
+    pub fn bus(&self) -> &Arc<Bus> {
+        &self.bus
+    }
+
+    /// Puts a function on the bus, and tells the guest if it listens. Says whether the slot was free.
+    pub fn add_function(
+        &self,
+        number: SlotNumber,
+        serial: u32,
+        numa_node: Option<u16>,
+        model: Arc<dyn PciFunction>,
+    ) -> bool {
+        match self.bus.add_function(number, serial, numa_node, model) {
+            Some(event) => {
+                self.send(event);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Pulls a function off the bus without asking the guest.
+    pub fn remove_function(&self, number: SlotNumber) {
+        let event = self.bus.remove_function(number);
+        self.send(event);
+    }
+
+    /// Asks the guest to give a function up and waits until it has. Says whether it has.
+    pub fn eject(&self, number: SlotNumber, timeout: Duration) -> bool {
+        let event = self.bus.eject(number);
+        if event.is_none() {
+            return false;
+        }
+        self.send(event);
+        let done = self.bus.wait_ejected(number, timeout);
+        let outcome = if done { "done" } else { "timed out" };
+        self.log.record(
+            Direction::Host,
+            &self.name,
+            "eject",
+            format_args!("slot={number:?} {outcome}"),
+        );
+        done
+    }
+
+    /// Tells the guest's driver that configuration blocks have changed.
+    pub fn invalidate_blocks(&self, number: SlotNumber, block_mask: u64) {
+        let event = self.bus.invalidate_blocks(number, block_mask);
+        self.send(event);
+    }
+
+    /// Says that the device is about to be rescinded: what the guest then leaves behind is not its
+    /// fault.
+    pub fn about_to_rescind(&self) {
+        self.rescinded.store(true, Ordering::Relaxed);
+    }
+
+    fn send(&self, event: Option<Outgoing>) {
+        let Some(event) = event else { return };
+        let session = lock(&self.running).as_ref().map(|r| r.session.clone());
+        if let Some(session) = session {
+            lock(&session.outbox).push_back((0, event));
+            session.flush(&self.log);
+        }
+    }
+}
+
+impl Session {
+    /// Sends what is queued, as far as there is room. The guest signals when there is more.
+    fn flush(&self, log: &MessageLog) {
+        let mut outbox = lock(&self.outbox);
+        while let Some((transaction, packet)) = outbox.front() {
+            let sent = if packet.completion {
+                self.channel.send_completion(*transaction, &packet.payload)
+            } else {
+                self.channel.send_inband(0, false, &packet.payload)
+            };
+            match sent {
+                Ok(()) => log.record(
+                    Direction::HostToGuest,
+                    self.channel.name(),
+                    packet.name,
+                    &packet.fields,
+                ),
+                Err(SendError::Full) => return,
+                Err(error) => log.record(
+                    Direction::Host,
+                    self.channel.name(),
+                    "send failed",
+                    format_args!("{}: {error}", packet.name),
+                ),
+            }
+            outbox.pop_front();
+        }
+    }
+
+    fn handle(&self, bus: &Bus, log: &MessageLog, packet: &Packet) {
+        let name = self.channel.name();
+        if packet.kind != PacketKind::InBand {
+            log.record(
+                Direction::GuestToHost,
+                name,
+                "packet",
+                format_args!("unexpected {:?}", packet.kind),
+            );
+            return;
+        }
+        let message = MessageType::parse(&packet.payload).ok();
+        let message = message.and_then(MessageType::name).unwrap_or("message");
+        let replies = match Request::parse(&packet.payload) {
+            Ok(request) => {
+                log.record(Direction::GuestToHost, name, message, Fields(&request));
+                bus.handle(&request)
+            }
+            Err(error) => {
+                log.record(Direction::GuestToHost, name, message, error);
+                vec![bus.refuse()]
+            }
+        };
+        let mut outbox = lock(&self.outbox);
+        for reply in replies {
+            if !reply.completion || packet.completion_requested {
+                outbox.push_back((packet.transaction_id, reply));
+            } else if reply.failed() {
+                log.record(Direction::Host, name, "refused", &reply.fields);
+            }
+        }
+    }
+
+    fn run(&self, bus: &Bus, log: &MessageLog) {
+        loop {
+            loop {
+                match self.channel.recv() {
+                    Ok(Some(packet)) => {
+                        self.handle(bus, log, &packet);
+                        self.flush(log);
+                    }
+                    Ok(None) => break,
+                    Err(vmbus_host::RecvError::Closed) => return,
+                    Err(error) => {
+                        log.record(Direction::Host, self.channel.name(), "stopped", error);
+                        return;
+                    }
+                }
+            }
+            self.flush(log);
+            if self.channel.wait(None).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// The fields of a request for the log.
+struct Fields<'a>(&'a Request<'a>);
+
+impl std::fmt::Display for Fields<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Request::QueryProtocolVersion(version) => write!(f, "version={:#x}", version.0),
+            Request::QueryBusRelations | Request::D0Exit => Ok(()),
+            Request::QueryResourceRequirements(slot)
+            | Request::ResourcesAssigned(slot)
+            | Request::ResourcesReleased(slot) => write!(f, "slot={slot:?}"),
+            Request::D0Entry { mmio_base } => write!(f, "mmio={mmio_base:#x}"),
+            Request::CreateInterrupt(slot, i) => write!(
+                f,
+                "slot={slot:?} vector={:#x} count={} mode={} {}",
+                i.vector,
+                i.vector_count,
+                i.delivery_mode,
+                ProcessorList(&i.processors)
+            ),
+            Request::DeleteInterrupt(slot, i) => write!(
+                f,
+                "slot={slot:?} address={:#x} data={:#x} count={}",
+                i.address(),
+                i.data(),
+                i.vector_count()
+            ),
+            Request::ReadBlock {
+                slot,
+                block,
+                length,
+            } => write!(f, "slot={slot:?} block={block} length={length}"),
+            Request::WriteBlock { slot, block, data } => {
+                write!(f, "slot={slot:?} block={block} length={}", data.len())
+            }
+            Request::EjectionComplete { slot, status } => {
+                write!(f, "slot={slot:?} status={status:?}")
+            }
+            Request::PowerStateChange { slot, state } => write!(f, "slot={slot:?} state={state}"),
+            Request::Unknown(message_type) => write!(f, "type={message_type:?}"),
+        }
+    }
+}
+
+struct ProcessorList<'a>(&'a vpci::Processors);
+
+impl std::fmt::Display for ProcessorList<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            vpci::Processors::Mask(mask) => write!(f, "mask={mask:#x}"),
+            vpci::Processors::List { indexes, count } => {
+                write!(f, "vps={:?}", &indexes[..usize::from(*count)])
+            }
+        }
+    }
+}
+
+impl Device for VpciDevice {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn offer(&self) -> Offer {
+        Offer::new(vpci::CLASS, self.bus.instance())
+    }
+
+    fn open(&self, channel: Arc<Channel>) -> Result<(), OpenRefused> {
+        let session = Arc::new(Session {
+            channel,
+            outbox: Mutex::new(VecDeque::new()),
+        });
+        let (bus, log, worker_session) = (self.bus.clone(), self.log.clone(), session.clone());
+        let worker = thread::Builder::new()
+            .name(self.name.clone())
+            .spawn(move || worker_session.run(&bus, &log))
+            .map_err(|e| OpenRefused(format!("worker: {e}")))?;
+        *lock(&self.running) = Some(Running { session, worker });
+        Ok(())
+    }
+
+    fn close(&self, _subchannel_index: u16) {
+        let running = lock(&self.running).take();
+        if let Some(running) = running {
+            // The worker ends by itself when the channel is closed. A panic in it was reported.
+            let _ = running.worker.join();
+        }
+        self.bus.close(!self.rescinded.load(Ordering::Relaxed));
+    }
+}
