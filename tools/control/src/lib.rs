@@ -1,1 +1,346 @@
-//! x
+// SPDX-License-Identifier: GPL-2.0
+
+//! The lab's control socket: JSON, one request and one reply a line.
+//!
+//! ```text
+//! > {"command":"vf-link","nic":0,"up":false}
+//! < {"ok":"done"}
+//! > {"command":"status"}
+//! < {"ok":{"status":{"vmbus_version":"6.0", ...}}}
+//! ```
+//!
+//! The running lab implements [`Lab`]; [`Server`] brings it to a socket, [`serve`] to any other
+//! stream. [`Client`] is the other end, and [`cli`] the command line for it.
+
+#![forbid(unsafe_code)]
+
+pub mod cli;
+mod client;
+mod server;
+
+use std::{collections::BTreeMap, thread, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+pub use client::{Client, ClientError};
+pub use server::{serve, Server};
+
+/// The longest request that a server reads.
+pub const MAX_REQUEST: u64 = 64 * 1024;
+
+/// Lines of the message log in one reply, at most.
+pub const MAX_LOG_LINES: usize = 4096;
+
+/// The longest host servicing that can be asked for.
+pub const MAX_SERVICE: Duration = Duration::from_secs(600);
+
+/// A request. NICs are numbered from zero in the order of the lab's configuration; each has at most
+/// one VF.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Gives a NIC its VF: offers the virtual PCI bus and associates the VF.
+    AddVf {
+        /// The NIC.
+        nic: u32,
+    },
+    /// Takes the VF away in order: ends the association, ejects, rescinds.
+    RemoveVf {
+        /// The NIC.
+        nic: u32,
+    },
+    /// Sets the VF's link.
+    VfLink {
+        /// The NIC.
+        nic: u32,
+        /// Up or down.
+        up: bool,
+    },
+    /// Sends the association message alone.
+    SetAssociation {
+        /// The NIC.
+        nic: u32,
+        /// Associated or not.
+        on: bool,
+    },
+    /// Asks the guest to eject the VF, alone.
+    Eject {
+        /// The NIC.
+        nic: u32,
+    },
+    /// Rescinds a device without any warning to the guest.
+    Rescind {
+        /// The NIC.
+        nic: u32,
+        /// Which of its devices.
+        device: Target,
+    },
+    /// Offers a rescinded device again.
+    Offer {
+        /// The NIC.
+        nic: u32,
+        /// Which of its devices.
+        device: Target,
+    },
+    /// Sets the link that the synthetic NIC indicates.
+    NicLink {
+        /// The NIC.
+        nic: u32,
+        /// Up or down.
+        up: bool,
+    },
+    /// Host servicing: takes the VFs away and gives them back after a while. Replies at the end.
+    Service {
+        /// One NIC, or all.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        nic: Option<u32>,
+        /// How long the VFs are gone.
+        duration_ms: u64,
+    },
+    /// Reads the message log.
+    Log {
+        /// Sequence number of the first line; zero is the first line ever.
+        #[serde(default)]
+        since: u64,
+    },
+    /// Reads all counters.
+    Counters,
+    /// Reads the state of the lab.
+    Status,
+    /// Ends the lab.
+    Quit,
+}
+
+/// One of a NIC's devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// The synthetic network device.
+    Nic,
+    /// The virtual PCI bus with the VF.
+    Vf,
+}
+
+/// The answer to a request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Response {
+    /// It was carried out.
+    Ok(Reply),
+    /// It was not.
+    Error(String),
+}
+
+/// What a request that was carried out gives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply {
+    /// Nothing to tell.
+    Done,
+    /// A part of the message log.
+    Log(LogPage),
+    /// Counters by name.
+    Counters(BTreeMap<String, u64>),
+    /// The state of the lab.
+    Status(Status),
+}
+
+/// A part of the message log.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogPage {
+    /// The lines.
+    pub lines: Vec<String>,
+    /// What to ask for next.
+    pub next: u64,
+    /// Lines that were asked for but are no longer kept.
+    pub dropped: u64,
+}
+
+/// The state of the lab.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Negotiated version of the VMBus; `None` while the guest is not connected.
+    pub vmbus_version: Option<String>,
+    /// Channels that are offered and not rescinded.
+    pub channels_offered: u64,
+    /// Channels that are open.
+    pub channels_open: u64,
+    /// Rescinded channels whose ids the guest has not released.
+    pub channels_unreleased: u64,
+    /// Established GPADLs.
+    pub gpadls: u64,
+    /// Interrupts that the guest has set up on virtual PCI buses.
+    pub interrupts: u64,
+    /// The NICs.
+    pub nics: Vec<NicStatus>,
+}
+
+/// The state of one NIC.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicStatus {
+    /// Instance GUID.
+    pub instance: String,
+    /// MAC address.
+    pub mac: String,
+    /// Whether the device is offered.
+    pub offered: bool,
+    /// Whether the guest's driver has it open.
+    pub open: bool,
+    /// Negotiated NVSP version.
+    pub nvsp_version: Option<String>,
+    /// Link that the host indicates.
+    pub link_up: bool,
+    /// Open channels, subchannels included.
+    pub channels: u32,
+    /// Where the guest has put the data path.
+    pub data_path: DataPath,
+    /// Network namespace of the tap on the host's side.
+    pub netns: Option<String>,
+    /// Its VF, if it is configured to have one.
+    pub vf: Option<VfStatus>,
+}
+
+/// Where a NIC's traffic goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataPath {
+    /// Over the VMBus channels.
+    #[default]
+    Synthetic,
+    /// Over the VF.
+    Vf,
+}
+
+/// The state of a VF.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VfStatus {
+    /// Instance GUID of its virtual PCI bus.
+    pub instance: String,
+    /// Serial number that pairs it with the NIC.
+    pub serial: u32,
+    /// Whether the bus is offered.
+    pub offered: bool,
+    /// Whether the guest's driver has it open.
+    pub open: bool,
+    /// Whether the guest has been told that it has a VF.
+    pub associated: bool,
+    /// Link of the VF.
+    pub link_up: bool,
+    /// Negotiated protocol of the virtual PCI bus.
+    pub vpci_version: Option<String>,
+    /// Interrupts that the guest has set up.
+    pub interrupts: u32,
+}
+
+/// What the running lab can do. An error is a sentence for whoever asked.
+pub trait Lab: Send + Sync {
+    /// See [`Request::AddVf`].
+    fn add_vf(&self, nic: u32) -> Result<(), String>;
+
+    /// See [`Request::RemoveVf`]. Returns when the guest has released the device.
+    fn remove_vf(&self, nic: u32) -> Result<(), String>;
+
+    /// See [`Request::VfLink`].
+    fn set_vf_link(&self, nic: u32, up: bool) -> Result<(), String>;
+
+    /// See [`Request::SetAssociation`].
+    fn set_association(&self, nic: u32, on: bool) -> Result<(), String>;
+
+    /// See [`Request::Eject`].
+    fn eject(&self, nic: u32) -> Result<(), String>;
+
+    /// See [`Request::Rescind`].
+    fn rescind(&self, nic: u32, device: Target) -> Result<(), String>;
+
+    /// See [`Request::Offer`].
+    fn offer(&self, nic: u32, device: Target) -> Result<(), String>;
+
+    /// See [`Request::NicLink`].
+    fn set_nic_link(&self, nic: u32, up: bool) -> Result<(), String>;
+
+    /// Writes a line of what the control socket does into the message log.
+    fn note(&self, event: &str);
+
+    /// See [`Request::Log`].
+    fn log(&self, since: u64, max_lines: usize) -> LogPage;
+
+    /// See [`Request::Counters`].
+    fn counters(&self) -> BTreeMap<String, u64>;
+
+    /// See [`Request::Status`].
+    fn status(&self) -> Status;
+
+    /// See [`Request::Quit`]. Returns at once.
+    fn quit(&self);
+}
+
+/// Carries a request out.
+pub fn execute(lab: &dyn Lab, request: &Request) -> Response {
+    let done = match *request {
+        Request::AddVf { nic } => lab.add_vf(nic),
+        Request::RemoveVf { nic } => lab.remove_vf(nic),
+        Request::VfLink { nic, up } => lab.set_vf_link(nic, up),
+        Request::SetAssociation { nic, on } => lab.set_association(nic, on),
+        Request::Eject { nic } => lab.eject(nic),
+        Request::Rescind { nic, device } => lab.rescind(nic, device),
+        Request::Offer { nic, device } => lab.offer(nic, device),
+        Request::NicLink { nic, up } => lab.set_nic_link(nic, up),
+        Request::Service { nic, duration_ms } => {
+            service(lab, nic, Duration::from_millis(duration_ms))
+        }
+        Request::Log { since } => return Response::Ok(Reply::Log(lab.log(since, MAX_LOG_LINES))),
+        Request::Counters => return Response::Ok(Reply::Counters(lab.counters())),
+        Request::Status => return Response::Ok(Reply::Status(lab.status())),
+        Request::Quit => {
+            lab.quit();
+            Ok(())
+        }
+    };
+    match done {
+        Ok(()) => Response::Ok(Reply::Done),
+        Err(error) => Response::Error(error),
+    }
+}
+
+/// Host servicing: takes the VFs away, waits, gives them back.
+fn service(lab: &dyn Lab, nic: Option<u32>, duration: Duration) -> Result<(), String> {
+    if duration > MAX_SERVICE {
+        return Err(format!(
+            "servicing takes at most {} seconds",
+            MAX_SERVICE.as_secs()
+        ));
+    }
+    let status = lab.status();
+    let present = |nic: u32| {
+        status
+            .nics
+            .get(nic as usize)
+            .and_then(|nic| nic.vf.as_ref())
+            .is_some_and(|vf| vf.offered)
+    };
+    let nics: Vec<u32> = match nic {
+        Some(nic) if present(nic) => vec![nic],
+        Some(nic) => return Err(format!("NIC {nic} has no VF now")),
+        None => (0..status.nics.len() as u32)
+            .filter(|&nic| present(nic))
+            .collect(),
+    };
+    if nics.is_empty() {
+        return Err("no NIC has a VF now".into());
+    }
+
+    lab.note(&format!(
+        "SERVICE_BEGIN nics={nics:?} duration={duration:?}"
+    ));
+    let mut result = Ok(());
+    for &nic in &nics {
+        result = result.and(lab.remove_vf(nic));
+    }
+    thread::sleep(duration);
+    // Even if a guest was slow to give a VF back: it has to come back.
+    for &nic in &nics {
+        result = result.and(lab.add_vf(nic));
+    }
+    lab.note(&format!("SERVICE_END result={result:?}"));
+    result
+}
