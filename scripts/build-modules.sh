@@ -1,0 +1,44 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# Builds hv_netvsc.ko and pci-hyperv.ko.
+#
+# usage: build-modules.sh OUTPUT_FOLDER [VARIABLE=VALUE of kbuild]...
+#
+# KDIR             a prepared kernel tree; empty: Debian's cloud kernel
+# TOOLCHAIN=host   this machine's own tools, not those of the build root
+
+. "$(dirname "$0")/common.sh"
+
+out=$1
+shift
+kdir=${KDIR:-}
+if [ -z "$kdir" ]; then
+	tree=$("$top/scripts/kernel-tree.sh")
+	run=("$top/scripts/in-root.sh" --kernel "$tree")
+	kdir=/kernel/build
+elif [ -e "$kdir" ]; then
+	kdir=$(realpath "$kdir")
+	run=("$top/scripts/in-root.sh")
+	# The parts of a headers package are at several places.
+	for dir in "$kdir" /usr/src /usr/lib/linux-kbuild-*; do
+		case $dir/ in
+		/usr/src/ | /usr/lib/*) [[ $kdir == /usr/src/* && -d $dir ]] || continue ;;
+		esac
+		run+=(--bind "$dir")
+	done
+fi
+if [ "${TOOLCHAIN:-}" = host ]; then
+	run=()
+	[ -n "${KDIR:-}" ] || die "TOOLCHAIN=host needs a KDIR" "make TOOLCHAIN=host KDIR=FOLDER"
+fi
+
+"${run[@]}" "$top/scripts/check-kdir.sh" "$kdir"
+
+mkdir -p "$out"
+out=$(realpath "$out")
+exec 9>"$out/.lock"
+flock 9
+"${run[@]}" make --no-print-directory -C "$kdir" M="$top" MO="$out" -j"$(nproc)" modules "$@" 9>&-
+# What sudo makes belongs to whom called it.
+[ -z "${SUDO_UID:-}" ] || chown -R "$SUDO_UID:${SUDO_GID:-$SUDO_UID}" "$out"

@@ -1,0 +1,55 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# Tells whether Rust modules can be built against a kernel tree with the rustc
+# that is found here, and if not, why and what to do.
+#
+# usage: check-kdir.sh KDIR
+
+. "$(dirname "$0")/common.sh"
+
+kdir=$1
+config=$kdir/include/config/auto.conf
+
+[ -d "$kdir" ] ||
+	die "KDIR=$kdir: there is no such folder" \
+		"make without KDIR= builds for Debian's cloud kernel and prepares all that itself"
+[ -e "$kdir/Makefile" ] && [ -e "$config" ] ||
+	die "KDIR=$kdir is not a prepared kernel tree (no Makefile or no include/config/auto.conf)" \
+		"make prepare in that tree, or install the headers package of the kernel"
+grep -q '^CONFIG_RUST=y' "$config" ||
+	die "KDIR=$kdir is of a kernel built without CONFIG_RUST: it cannot load Rust modules" \
+		"use a kernel with CONFIG_RUST=y, such as linux-image-cloud-amd64 of trixie-backports"
+for option in X86_64 MODULES PCI_MSI NET INET; do
+	grep -q "^CONFIG_$option=y" "$config" ||
+		die "KDIR=$kdir is of a kernel without CONFIG_$option, which the drivers need"
+done
+grep -q '^CONFIG_HYPERV_VMBUS=[ym]' "$config" || grep -q '^CONFIG_HYPERV=[ym]' "$config" ||
+	die "KDIR=$kdir is of a kernel without the VMBus driver (CONFIG_HYPERV_VMBUS)" \
+		"use a kernel with Hyper-V support"
+
+missing=
+for file in rust/lib{core,ffi,bindings,build_error,kernel,pin_init,zerocopy}.rmeta \
+	rust/lib{macros,zerocopy_derive}.so scripts/target.json; do
+	[ -e "$kdir/$file" ] || missing="$missing $file"
+done
+if [ -n "$missing" ]; then
+	release=$(cat "$kdir/include/config/kernel.release" 2>/dev/null || echo RELEASE)
+	die "KDIR=$kdir lacks the kernel's Rust metadata:$missing" \
+		"Debian's headers never have it: make KERNEL=$release rebuilds it from the kernel's source" \
+		"a tree of your own: make prepare in it" \
+		"other distributions: look for a package with it (Ubuntu: linux-lib-rust-*)"
+fi
+
+command -v rustc >/dev/null ||
+	die "rustc is missing" "apt-get install rustc, or leave out TOOLCHAIN=host"
+have=$(rustc --version)
+want=$(sed -En 's/^CONFIG_RUSTC_VERSION_TEXT="?([^"]*)"?$/\1/p' "$config")
+[ "$have" = "$want" ] ||
+	die "wrong rustc for KDIR=$kdir: its metadata is of \"$want\", here is \"$have\"" \
+		"make TOOLCHAIN=host KDIR=$kdir on the machine whose rustc built that kernel" \
+		"or make prepare in that tree with this rustc"
+for tool in bindgen gcc ld; do
+	command -v $tool >/dev/null ||
+		die "$tool is missing" "apt-get install bindgen build-essential, or leave out TOOLCHAIN=host"
+done

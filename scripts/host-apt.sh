@@ -1,0 +1,58 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# Writes apt's configuration for the build root, taken from this machine's own.
+#
+# usage: host-apt.sh DIRECTORY
+#
+# DIRECTORY/sources.list   trixie and trixie-backports from this machine's mirror
+# DIRECTORY/apt.conf       its proxies and checks
+
+. "$(dirname "$0")/common.sh"
+
+out=$1
+
+# The mirror for users without an apt of Debian's own: any mirror of Debian will
+# do, and HYPERV_RUST_MIRROR names another.
+default_mirror=http://deb.debian.org/debian
+
+# The address of the first Debian archive (not security, not third parties').
+host_mirror() {
+	local uri list
+	uri=$(apt-get indextargets --format "\$(REPO_URI) \$(RELEASE) \$(COMPONENT) \$(ORIGIN)" \
+		'Created-By: Packages' 2>/dev/null |
+		awk '$3 == "main" && ($4 == "Debian" || $4 == "") && $1 !~ /security/ && $2 !~ /security/ &&
+			$1 ~ /\/debian\/?$|^mirror/ { print $1; exit }')
+	case $uri in
+	mirror+file:*)
+		# A list of mirrors in a file, as on cloud images.
+		list=/${uri#mirror+file:}
+		list=$(sed 's,//*,/,g; s,/$,,' <<<"$list")
+		uri=$(awk '/^[a-z]+:/ { print $1; exit }' "$list" 2>/dev/null || :)
+		;;
+	mirror*) uri= ;;
+	esac
+	printf '%s' "${uri%/}"
+}
+
+mirror=${HYPERV_RUST_MIRROR:-}
+if [ -z "$mirror" ] && command -v apt-get >/dev/null; then
+	mirror=$(host_mirror)
+fi
+mirror=${mirror:-$default_mirror}
+
+cat >"$out/sources.list.new" <<EOF
+deb $mirror trixie main
+deb $mirror trixie-backports main
+EOF
+{
+	echo 'APT::Install-Recommends "false";'
+	echo 'Acquire::Languages "none";'
+	if command -v apt-config >/dev/null; then
+		apt-config dump |
+			grep -E '^Acquire::(http|https|ftp|Retries|Check-Valid-Until|Check-Date|ForceIPv[46])(::| )' |
+			grep -v ' "";$' || :
+	fi
+} >"$out/apt.conf.new"
+mv "$out/sources.list.new" "$out/sources.list"
+mv "$out/apt.conf.new" "$out/apt.conf"
