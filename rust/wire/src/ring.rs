@@ -557,3 +557,443 @@ impl<M: RingMemory> Writer<M> {
         self.memory.store(ControlWord::PendingSendSize, 0);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmbus::packet_type::{
+        COMPLETION,
+        DATA_INBAND, //
+    };
+    use core::cell::{
+        Cell,
+        RefCell, //
+    };
+    use std::{
+        collections::VecDeque,
+        vec,
+        vec::Vec, //
+    };
+
+    /// A ring in ordinary memory, which a test can spoil.
+    struct VecRing {
+        words: [Cell<u32>; 17],
+        data: RefCell<Vec<u8>>,
+    }
+
+    impl VecRing {
+        fn new(length: usize) -> Self {
+            Self {
+                words: Default::default(),
+                data: RefCell::new(vec![0xee; length]),
+            }
+        }
+
+        /// An empty ring whose indices stand at `index`.
+        fn at(length: usize, index: u32) -> Self {
+            let ring = Self::new(length);
+            ring.store(ControlWord::ReadIndex, index);
+            ring.store(ControlWord::WriteIndex, index);
+            ring
+        }
+    }
+
+    impl RingMemory for VecRing {
+        fn data_len(&self) -> u32 {
+            self.data.borrow().len() as u32
+        }
+
+        fn load(&self, word: ControlWord) -> u32 {
+            self.words[word.offset() as usize / 4].get()
+        }
+
+        fn store(&self, word: ControlWord, value: u32) {
+            self.words[word.offset() as usize / 4].set(value);
+        }
+
+        fn fence(&self) {}
+
+        fn read(&self, offset: u32, to: &mut [u8]) {
+            to.copy_from_slice(&self.data.borrow()[offset as usize..][..to.len()]);
+        }
+
+        fn write(&self, offset: u32, from: &[u8]) {
+            self.data.borrow_mut()[offset as usize..][..from.len()].copy_from_slice(from);
+        }
+    }
+
+    fn inband<'a>(payload: &'a [u8]) -> Outgoing<'a> {
+        Outgoing {
+            packet_type: DATA_INBAND,
+            flags: 1,
+            transaction_id: 0x1122_3344_5566_7788,
+            header: &[],
+            payload,
+        }
+    }
+
+    /// Bytes that a packet of that many payload bytes takes.
+    const fn takes(payload: u32) -> u32 {
+        DESCRIPTOR_LEN + payload.next_multiple_of(8) + TRAILER_LEN
+    }
+
+    #[test]
+    fn packets_come_out_as_they_went_in_at_every_place() {
+        for start in (0..96).step_by(8) {
+            for header in [0, 8, 16] {
+                for payload in 0..=40 {
+                    let ring = VecRing::at(96, start);
+                    let mut writer = Writer::new(&ring).unwrap();
+                    let mut reader = Reader::new(&ring).unwrap();
+                    assert!(reader.peek().unwrap().is_none());
+
+                    let header: Vec<u8> = (0..header).map(|n| n as u8).collect();
+                    let payload: Vec<u8> = (0..payload).map(|n| 0x80 + n as u8).collect();
+                    let packet = Outgoing {
+                        packet_type: COMPLETION,
+                        flags: 3,
+                        transaction_id: u64::MAX - 1,
+                        header: &header,
+                        payload: &payload,
+                    };
+                    assert_eq!(writer.write(&packet), Ok(true));
+
+                    let found = reader.peek().unwrap().unwrap();
+                    assert_eq!(found.packet_type(), COMPLETION);
+                    assert_eq!(found.flags(), 3);
+                    assert_eq!(found.transaction_id(), u64::MAX - 1);
+                    assert_eq!(found.header_len(), header.len());
+                    assert_eq!(found.payload_len(), payload.len().next_multiple_of(8));
+                    let mut copy = vec![0xff; 64];
+                    assert_eq!(reader.read_header(&found, &mut copy), header.len());
+                    assert_eq!(copy[..header.len()], header);
+                    assert_eq!(reader.read_payload(&found, &mut copy), found.payload_len());
+                    assert_eq!(copy[..payload.len()], payload);
+                    // The padding does not show what was in the ring before.
+                    assert!(copy[payload.len()..found.payload_len()]
+                        .iter()
+                        .all(|&b| b == 0));
+                    // A short buffer gets the beginning.
+                    let mut two = [0; 2];
+                    let got = reader.read_payload(&found, &mut two);
+                    assert_eq!(got, two.len().min(found.payload_len()));
+
+                    reader.advance(found);
+                    assert!(reader.peek().unwrap().is_none());
+                    assert!(!reader.publish());
+                    assert_eq!(
+                        ring.load(ControlWord::ReadIndex),
+                        ring.load(ControlWord::WriteIndex)
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_trailer_tells_where_the_packet_began() {
+        let ring = VecRing::at(64, 48);
+        Writer::new(&ring).unwrap().write(&inband(&[])).unwrap();
+        // 48..64 is the descriptor, 0..8 the trailer.
+        assert_eq!(ring.data.borrow()[..8], (48u64 << 32).to_le_bytes());
+        assert_eq!(ring.load(ControlWord::WriteIndex), 8);
+    }
+
+    #[test]
+    fn full_and_empty_are_told_apart() {
+        // A ring of 64 bytes holds packets of up to 56 bytes.
+        for (payload, result) in [
+            (0, Ok(true)),
+            (32, Ok(true)),
+            (33, Err(WriteError::TooLarge)),
+            (40, Err(WriteError::TooLarge)),
+        ] {
+            let ring = VecRing::new(64);
+            let mut writer = Writer::new(&ring).unwrap();
+            assert_eq!(
+                writer.write(&inband(&vec![0; payload])),
+                result,
+                "{payload}"
+            );
+        }
+
+        let ring = VecRing::new(64);
+        let mut writer = Writer::new(&ring).unwrap();
+        let mut reader = Reader::new(&ring).unwrap();
+        assert_eq!(writer.write(&inband(&[])), Ok(true));
+        assert_eq!(writer.free(), Ok(40));
+        for payload in [9, 16] {
+            assert_eq!(
+                writer.write(&inband(&vec![0; payload])),
+                Err(WriteError::Full { needed: 40 })
+            );
+        }
+        assert_eq!(writer.write(&inband(&[0; 8])), Ok(false));
+        assert_eq!(writer.free(), Ok(8));
+        assert_eq!(
+            writer.write(&inband(&[])),
+            Err(WriteError::Full { needed: 24 })
+        );
+
+        for _ in 0..2 {
+            let packet = reader.peek().unwrap().unwrap();
+            reader.advance(packet);
+        }
+        assert!(reader.peek().unwrap().is_none());
+        assert_eq!(writer.free(), Ok(8));
+        reader.publish();
+        assert_eq!(writer.free(), Ok(64));
+    }
+
+    #[test]
+    fn packet_lengths() {
+        let most = u16::MAX as usize * 8;
+        for (header, payload, length) in [
+            (0, 0, Some(24)),
+            (0, 1, Some(32)),
+            (8, 8, Some(40)),
+            (4, 0, None),
+            (0, most - 16, Some(most as u32 + 8)),
+            (0, most - 15, None),
+            (8, most - 24, Some(most as u32 + 8)),
+            (usize::MAX, 1, None),
+            (usize::MAX - 7, 0, None),
+        ] {
+            assert_eq!(packet_len(header, payload), length, "{header} {payload}");
+        }
+    }
+
+    #[test]
+    fn unusable_rings_are_refused() {
+        for length in [0, 4, 12] {
+            let ring = VecRing::new(length);
+            let error = Corrupt::DataLength(length as u32);
+            assert_eq!(Reader::new(&ring).err(), Some(error));
+            assert_eq!(Writer::new(&ring).err(), Some(error));
+        }
+    }
+
+    /// Indices that no sound end has in a ring of 64 bytes.
+    const BAD_INDICES: [u32; 5] = [1, 4, 64, 72, u32::MAX];
+
+    #[test]
+    fn bad_indices_are_errors() {
+        for bad in BAD_INDICES {
+            let ring = VecRing::new(64);
+            let mut writer = Writer::new(&ring).unwrap();
+            let reader = Reader::new(&ring).unwrap();
+
+            ring.store(ControlWord::WriteIndex, bad);
+            assert_eq!(reader.peek().err(), Some(Corrupt::WriteIndex(bad)));
+            assert_eq!(reader.unmask(), Err(Corrupt::WriteIndex(bad)));
+            assert_eq!(Writer::new(&ring).err(), Some(Corrupt::WriteIndex(bad)));
+            // The writer does not read its own index back.
+            assert_eq!(writer.write(&inband(&[])), Ok(true));
+            assert_eq!(ring.load(ControlWord::WriteIndex), 24);
+
+            ring.store(ControlWord::ReadIndex, bad);
+            assert_eq!(Reader::new(&ring).err(), Some(Corrupt::ReadIndex(bad)));
+            let error = Corrupt::ReadIndex(bad);
+            assert_eq!(writer.write(&inband(&[])), Err(WriteError::Corrupt(error)));
+            assert_eq!(writer.wait_for_space(24), Err(error));
+            // Neither does the reader.
+            assert!(reader.peek().unwrap().is_some());
+        }
+    }
+
+    #[test]
+    fn bad_descriptors_are_errors() {
+        // In the ring are 48 bytes: a packet of at most 40 and its trailer.
+        let length = |claimed| Corrupt::PacketLength {
+            claimed,
+            available: 48,
+        };
+        let offset = |claimed, length| Corrupt::PayloadOffset { claimed, length };
+        for (len8, offset8, result) in [
+            (0, 2, Some(length(0))),
+            (1, 2, Some(length(8))),
+            (2, 2, None),
+            (5, 2, None),
+            (6, 2, Some(length(48))),
+            (u16::MAX, 2, Some(length(u16::MAX as u32 * 8))),
+            (5, 0, Some(offset(0, 40))),
+            (5, 1, Some(offset(8, 40))),
+            (5, 5, None),
+            (5, 6, Some(offset(48, 40))),
+            (2, 3, Some(offset(24, 16))),
+            (5, u16::MAX, Some(offset(u16::MAX as u32 * 8, 40))),
+        ] {
+            let ring = VecRing::new(64);
+            Writer::new(&ring)
+                .unwrap()
+                .write(&inband(&[0; 24]))
+                .unwrap();
+            ring.write(2, &u16::to_le_bytes(offset8));
+            ring.write(4, &u16::to_le_bytes(len8));
+            let reader = Reader::new(&ring).unwrap();
+            assert_eq!(reader.peek().err(), result, "len8 {len8} offset8 {offset8}");
+        }
+
+        // Less than a descriptor and a trailer.
+        for bytes in [8, 16] {
+            let ring = VecRing::new(64);
+            ring.store(ControlWord::WriteIndex, bytes);
+            let reader = Reader::new(&ring).unwrap();
+            assert_eq!(reader.peek().err(), Some(Corrupt::ShortPacket(bytes)));
+        }
+    }
+
+    #[test]
+    fn a_descriptor_that_changes_later_has_no_effect() {
+        let ring = VecRing::new(64);
+        Writer::new(&ring).unwrap().write(&inband(&[5; 8])).unwrap();
+        let mut reader = Reader::new(&ring).unwrap();
+        let packet = reader.peek().unwrap().unwrap();
+        ring.write(0, &[0xff; 16]);
+        assert_eq!(packet.payload_len(), 8);
+        assert_eq!(reader.read_payload(&packet, &mut [0; 64]), 8);
+        reader.advance(packet);
+        assert!(reader.peek().unwrap().is_none());
+    }
+
+    #[test]
+    fn the_writer_signals_only_an_empty_unmasked_ring() {
+        let ring = VecRing::new(256);
+        let mut writer = Writer::new(&ring).unwrap();
+        let mut reader = Reader::new(&ring).unwrap();
+        assert_eq!(writer.write(&inband(&[])), Ok(true));
+        assert_eq!(writer.write(&inband(&[])), Ok(false));
+
+        // Read, but not published: the writer cannot know.
+        for _ in 0..2 {
+            let packet = reader.peek().unwrap().unwrap();
+            reader.advance(packet);
+        }
+        assert_eq!(writer.write(&inband(&[])), Ok(false));
+        let packet = reader.peek().unwrap().unwrap();
+        reader.advance(packet);
+        reader.publish();
+
+        reader.mask();
+        assert_eq!(writer.write(&inband(&[])), Ok(false));
+        // The packet that came while signals were masked is not lost.
+        assert_eq!(reader.unmask(), Ok(takes(0)));
+        let packet = reader.peek().unwrap().unwrap();
+        reader.advance(packet);
+        reader.publish();
+        assert_eq!(reader.unmask(), Ok(0));
+        assert_eq!(writer.write(&inband(&[])), Ok(true));
+    }
+
+    #[test]
+    fn the_reader_signals_when_the_awaited_space_becomes_free() {
+        // 8 packets of 24 bytes in a ring of 200: 8 bytes are free.
+        for (pending, signal_after) in [
+            (0, None),
+            (8, Some(1)),
+            (31, Some(1)),
+            (32, Some(2)),
+            (55, Some(2)),
+            (56, Some(3)),
+            (199, Some(8)),
+            // Can never be fulfilled: a packet is always smaller than the ring.
+            (200, None),
+            (u32::MAX, None),
+            // Free before.
+            (7, None),
+        ] {
+            for announced in [true, false] {
+                let ring = VecRing::at(200, 96);
+                let mut writer = Writer::new(&ring).unwrap();
+                let mut reader = Reader::new(&ring).unwrap();
+                if announced {
+                    writer.announce_pending_send_size();
+                }
+                for _ in 0..8 {
+                    writer.write(&inband(&[])).unwrap();
+                }
+                assert_eq!(writer.wait_for_space(pending), Ok(8 > pending));
+
+                let mut signalled = None;
+                for n in 1..=8 {
+                    let packet = reader.peek().unwrap().unwrap();
+                    reader.advance(packet);
+                    if reader.publish() {
+                        assert_eq!(signalled, None, "second signal, pending {pending}");
+                        signalled = Some(n);
+                    }
+                }
+                let expected = signal_after.filter(|_| announced);
+                assert_eq!(signalled, expected, "pending {pending}");
+            }
+        }
+
+        // All at once.
+        let ring = VecRing::new(200);
+        let mut writer = Writer::new(&ring).unwrap();
+        let mut reader = Reader::new(&ring).unwrap();
+        writer.announce_pending_send_size();
+        for _ in 0..8 {
+            writer.write(&inband(&[])).unwrap();
+        }
+        assert_eq!(writer.wait_for_space(100), Ok(false));
+        for _ in 0..8 {
+            let packet = reader.peek().unwrap().unwrap();
+            reader.advance(packet);
+        }
+        assert!(reader.publish());
+        assert!(!reader.publish());
+        writer.stop_waiting();
+        assert_eq!(ring.load(ControlWord::PendingSendSize), 0);
+    }
+
+    #[test]
+    fn other_feature_bits_are_kept() {
+        let ring = VecRing::new(64);
+        ring.store(ControlWord::FeatureBits, 6);
+        Writer::new(&ring).unwrap().announce_pending_send_size();
+        assert_eq!(ring.load(ControlWord::FeatureBits), 7);
+    }
+
+    #[test]
+    fn a_long_run_agrees_with_a_queue() {
+        let ring = VecRing::new(512);
+        let mut writer = Writer::new(&ring).unwrap();
+        let mut reader = Reader::new(&ring).unwrap();
+        let mut model: VecDeque<(u64, Vec<u8>)> = VecDeque::new();
+        let mut used = 0;
+        let mut random = 0x2545_f491_4f6c_dd1d_u64;
+        for transaction_id in 0..20_000 {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            if random & 3 != 0 {
+                let payload: Vec<u8> = (0..random >> 8 & 127).map(|n| (n ^ random) as u8).collect();
+                let needed = takes(payload.len() as u32);
+                let result = writer.write(&Outgoing {
+                    transaction_id,
+                    ..inband(&payload)
+                });
+                if 512 - used > needed {
+                    assert_eq!(result, Ok(used == 0));
+                    used += needed;
+                    model.push_back((transaction_id, payload));
+                } else {
+                    assert_eq!(result, Err(WriteError::Full { needed }));
+                }
+            }
+            if random & 4 != 0 {
+                let found = reader.peek().unwrap();
+                assert_eq!(found.is_some(), !model.is_empty());
+                if let (Some(packet), Some((id, payload))) = (found, model.pop_front()) {
+                    let mut copy = vec![0; payload.len()];
+                    reader.read_payload(&packet, &mut copy);
+                    assert_eq!((packet.transaction_id(), copy), (id, payload.clone()));
+                    reader.advance(packet);
+                    reader.publish();
+                    used -= takes(payload.len() as u32);
+                }
+            }
+        }
+    }
+}

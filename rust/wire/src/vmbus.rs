@@ -800,3 +800,186 @@ impl<'a> Iterator for GpaRanges<'a> {
         Some(range)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        string::ToString,
+        vec::Vec, //
+    };
+
+    #[test]
+    fn sizes_are_those_of_the_wire() {
+        // With the header: what the C structures have.
+        for (name, size, expected) in [
+            ("offer", size_of::<OfferChannel>(), 196),
+            ("channel id", size_of::<ChannelId>(), 12),
+            ("open", size_of::<OpenChannel>(), 148),
+            ("open result", size_of::<OpenResult>(), 20),
+            ("gpadl header", size_of::<GpadlHeader>(), 20),
+            ("gpadl body", size_of::<GpadlBody>(), 16),
+            ("gpadl created", size_of::<GpadlCreated>(), 20),
+            ("gpadl teardown", size_of::<GpadlTeardown>(), 16),
+            ("gpadl torndown", size_of::<GpadlTorndown>(), 12),
+            ("contact", size_of::<InitiateContact>(), 40),
+            ("version", size_of::<VersionResponse>(), 16),
+            ("connect", size_of::<TlConnectRequest>(), 40),
+            ("connect result", size_of::<TlConnectResult>(), 44),
+            ("modify", size_of::<ModifyChannel>(), 16),
+            ("modify response", size_of::<ModifyChannelResponse>(), 16),
+        ] {
+            assert_eq!(size_of::<MessageHeader>() + size, expected, "{name}");
+        }
+        assert_eq!(size_of::<PacketDescriptor>(), 16);
+        assert_eq!(size_of::<TransferPagesHeader>(), 8);
+        assert_eq!(size_of::<TransferRange>(), 8);
+        assert_eq!(size_of::<GpaDirectHeader>(), 8);
+        assert_eq!(GPADL_HEADER_PFNS, 26);
+        assert_eq!(GPADL_BODY_PFNS, 28);
+    }
+
+    #[test]
+    fn offer_fields_are_in_place() {
+        let mut offer = OfferChannel::read_from_bytes(&[0; 188]).unwrap();
+        offer.class = class::NETWORK;
+        offer.flags = 0x1234.into();
+        offer.subchannel_index = 0x5678.into();
+        offer.relid = 0x9abc_def0.into();
+        offer.monitor_allocated = 1;
+        offer.is_dedicated = 1.into();
+        offer.connection_id = 0x2001.into();
+        let bytes = offer.as_bytes();
+        assert_eq!(bytes[0], 0x63);
+        assert_eq!(bytes[48..50], [0x34, 0x12]);
+        assert_eq!(bytes[172..174], [0x78, 0x56]);
+        assert_eq!(bytes[176..180], [0xf0, 0xde, 0xbc, 0x9a]);
+        assert_eq!(bytes[180..], [0, 1, 1, 0, 1, 0x20, 0, 0]);
+    }
+
+    #[test]
+    fn versions_are_ordered_and_named() {
+        assert!(Version::ALL.windows(2).all(|pair| pair[0] > pair[1]));
+        assert_eq!(Version::V5_3.to_string(), "5.3");
+        assert_eq!(Version::V5_3.0, 0x0005_0003);
+        assert_eq!((Version::V2_4.major(), Version::V2_4.minor()), (2, 4));
+        assert!(!Version::new(6, 1).is_known());
+        assert!(!Version::new(1, 1).is_known());
+    }
+
+    #[test]
+    fn contact_target_is_split() {
+        let mut contact = InitiateContact::read_from_bytes(&[0; 32]).unwrap();
+        contact.interrupt_page_or_target = 0x8765_4321_0000_0502.into();
+        assert_eq!(contact.message_sint(), 2);
+        assert_eq!(contact.message_vtl(), 5);
+        assert_eq!(contact.feature_flags(), 0x8765_4321);
+    }
+
+    #[test]
+    fn short_messages_are_errors_and_long_ones_leave_a_rest() {
+        let bytes = [7; 24];
+        for present in 0..12 {
+            assert_eq!(
+                parse::<OpenResult>(&bytes[..present]),
+                Err(TooShort {
+                    needed: 12,
+                    present
+                })
+            );
+        }
+        for present in 12..bytes.len() {
+            let (_, rest) = parse::<OpenResult>(&bytes[..present]).unwrap();
+            assert_eq!(rest.len(), present - 12);
+        }
+    }
+
+    #[test]
+    fn message_buffers_end_at_their_limit() {
+        let mut message = MessageBuffer::empty(message_type::UNLOAD);
+        assert_eq!(message.as_bytes(), [16, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(message.push(&[1; 233]), None);
+        assert_eq!(message.as_bytes().len(), 8);
+        assert_eq!(message.push(&[1; 232]), Some(()));
+        assert_eq!(message.push(&[]), Some(()));
+        assert_eq!(message.push(&[1]), None);
+        assert_eq!(message.as_bytes().len(), MAX_MESSAGE_LEN);
+        assert!(MessageBuffer::new(1, &[0u8; 232]).is_some());
+        assert!(MessageBuffer::new(1, &[0u8; 233]).is_none());
+    }
+
+    fn range_header(byte_count: u32, byte_offset: u32) -> GpaRangeHeader {
+        GpaRangeHeader {
+            byte_count: byte_count.into(),
+            byte_offset: byte_offset.into(),
+        }
+    }
+
+    #[test]
+    fn page_counts() {
+        for (count, offset, pages) in [
+            (0, 0, Some(0)),
+            (1, 0, Some(1)),
+            (1, 4095, Some(1)),
+            (2, 4095, Some(2)),
+            (4096, 0, Some(1)),
+            (4096, 1, Some(2)),
+            (4097, 0, Some(2)),
+            (1, 4096, None),
+            (u32::MAX, 4095, Some(0x10_0001)),
+            (u32::MAX, u32::MAX, None),
+        ] {
+            let header = range_header(count, offset);
+            assert_eq!(header.page_count(), pages, "{count} bytes at {offset}");
+        }
+    }
+
+    #[test]
+    fn range_lists() {
+        // Two ranges of two pages and one page.
+        let mut buffer = Vec::new();
+        buffer.extend_from_slice(range_header(8192, 0).as_bytes());
+        buffer.extend_from_slice([U64::new(5), U64::new(9)].as_bytes());
+        buffer.extend_from_slice(range_header(100, 16).as_bytes());
+        buffer.extend_from_slice([U64::new(7)].as_bytes());
+
+        let pfns = |count| -> Vec<Result<Vec<u64>, RangeError>> {
+            GpaRanges::new(&buffer, count)
+                .map(|range| range.map(|range| range.pfns.iter().map(|pfn| pfn.get()).collect()))
+                .collect()
+        };
+        assert_eq!(pfns(0), []);
+        assert_eq!(pfns(1), [Ok([5, 9].into())]);
+        assert_eq!(pfns(2), [Ok([5, 9].into()), Ok([7].into())]);
+        // More than there are, by any number, is one error.
+        for count in [3, u32::MAX] {
+            assert_eq!(
+                pfns(count),
+                [
+                    Ok([5, 9].into()),
+                    Ok([7].into()),
+                    Err(RangeError::Truncated)
+                ]
+            );
+        }
+
+        // Each shorter buffer is truncated in the second or the first range.
+        for length in 0..buffer.len() {
+            let last = GpaRanges::new(&buffer[..length], 2).last().unwrap();
+            assert_eq!(last.map(|_| ()), Err(RangeError::Truncated), "{length}");
+        }
+
+        for (header, error) in [
+            (range_header(0, 0), RangeError::Empty),
+            (range_header(1, 4096), RangeError::OffsetOutsidePage),
+            (range_header(u32::MAX, 4095), RangeError::Truncated),
+        ] {
+            let mut ranges = GpaRanges::new(header.as_bytes(), 9);
+            assert_eq!(
+                ranges.next().map(|range| range.map(|_| ())),
+                Some(Err(error))
+            );
+            assert!(ranges.next().is_none());
+        }
+    }
+}
