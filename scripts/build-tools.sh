@@ -1,0 +1,26 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# Builds the programs of tools/ into a folder.
+#
+# usage: build-tools.sh OUTPUT_FOLDER
+
+. "$(dirname "$0")/common.sh"
+
+out=$1
+root=$("$top/scripts/build-root.sh")
+# The programs run on the root's libraries: one target folder for each root.
+target=$cache/cargo-target-$(basename "$root")
+mkdir -p "$out" "$target"
+# Another checkout may use the same folder.
+exec 9>"$target/.lock"
+flock 9
+CARGO_TARGET_DIR=$target "$top/scripts/in-root.sh" \
+	cargo build --manifest-path "$top/tools/Cargo.toml" --workspace --bins --release --locked 9>&-
+for file in "$target"/release/*; do
+	if [ -f "$file" ] && [ -x "$file" ]; then
+		name=$out/$(basename "$file")
+		cmp -s "$file" "$name" || { cp "$file" "$name.new" && mv "$name.new" "$name"; }
+	fi
+done
+[ -z "${SUDO_UID:-}" ] || chown -R "$SUDO_UID:${SUDO_GID:-$SUDO_UID}" "$out"

@@ -1,0 +1,35 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# Runs hvlab in the build root with the stock kernel, the guest image and our modules.
+#
+# usage: lab.sh COMMAND [ARGUMENT]...    see build/hvlab --help
+#        lab.sh --prepare                only makes the guest image and prints its path
+
+. "$(dirname "$0")/common.sh"
+
+tree=$("$top/scripts/kernel-tree.sh")
+make_cache
+run=("$top/scripts/in-root.sh" --kernel "$tree")
+
+prepare() {
+	(
+		with_lock image
+		"${run[@]}" env IMAGE_CACHE="$cache/image" KERNEL_IMAGE=/kernel/image \
+			MIRROR="$("${run[@]}" awk 'NR == 1 { print $2 }' /etc/apt/sources.list)" \
+			"$top/tools/image/make-image" 9>&- | tail -n 1
+	)
+}
+
+image=$(prepare)
+if [ "${1:-}" = --prepare ]; then
+	echo "$image"
+	exit
+fi
+
+[ -x "$top/build/hvlab" ] || die "build/hvlab is missing" "make tools"
+release=$(cat "$tree/release")
+export HVLAB_KERNEL=/kernel/image/usr/lib/modules/$release/vmlinuz
+export HVLAB_IMAGE=$image
+export HVLAB_MODULES=$top/build
+exec "${run[@]}" "$top/build/hvlab" "$@"
