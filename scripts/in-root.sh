@@ -14,6 +14,8 @@
 
 inside() {
 	local dir
+	# The root becomes a mount point, which / of a system is expected to be.
+	mount --bind "$root" "$root"
 	for dir in proc sys dev; do
 		mount --rbind "/$dir" "$root/$dir"
 	done

@@ -130,7 +130,7 @@ unpack() {
 			in_root dpkg-deb --fsys-tarfile "$deb" | in_root tar -xf - -C "$tmp" --wildcards '*.tar.xz'
 			in_root tar -xf "$(echo "$tmp"/usr/src/linux-source-*.tar.xz)" \
 				-C "$tmp/source" --strip-components=1
-			rm -rf "$tmp/usr"
+			rm -rf "${tmp:?}/usr"
 			;;
 		*) in_root dpkg-deb -x "$deb" "$tmp/image" ;;
 		esac
