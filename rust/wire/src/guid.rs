@@ -98,7 +98,7 @@ impl Guid {
             let (Some(high), Some(low)) = (hex_digit(text[at]), hex_digit(text[at + 1])) else {
                 return Err(ParseGuidError);
             };
-            bytes[TEXT_ORDER[n]] = high << 4 | low;
+            bytes[TEXT_ORDER[n]] = (high << 4) | low;
             at += 2;
             n += 1;
         }

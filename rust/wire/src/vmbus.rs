@@ -117,7 +117,7 @@ impl Version {
 
     /// Makes a version of its two numbers.
     pub const fn new(major: u16, minor: u16) -> Self {
-        Self((major as u32) << 16 | minor as u32)
+        Self(((major as u32) << 16) | minor as u32)
     }
 
     /// Major number.

@@ -140,6 +140,9 @@ struct DeviceEntry {
     offered: bool,
 }
 
+/// A channel that is entered as open, and the device that is to be told.
+type Opened = (Arc<dyn Device>, Arc<Channel>);
+
 enum ChannelState {
     Offered,
     Open(Arc<Channel>),
@@ -848,7 +851,7 @@ impl Control {
         connection: Connection,
         relid: u32,
         message: &OpenChannel,
-    ) -> Result<Option<(Arc<dyn Device>, Arc<Channel>)>, String> {
+    ) -> Result<Option<Opened>, String> {
         let shared = &self.0;
         let mut state = lock(&shared.state);
         let entry = state.channels.get_mut(&relid).ok_or("not offered")?;
