@@ -264,13 +264,7 @@ fn removing_a_device_that_is_not_offered_is_quiet() {
         guest.host.remove_device(NET);
         guest.add(Echo::new("net0", NET));
         guest.expect::<OfferChannel>(mt::OFFER_CHANNEL);
-        let relid = loop {
-            let (message_type, body) = guest.next();
-            match message_type {
-                mt::RESCIND_CHANNEL_OFFER => break guest::read::<ChannelId>(&body),
-                other => panic!("message {other}"),
-            }
-        };
+        let relid: ChannelId = guest.expect(mt::RESCIND_CHANNEL_OFFER);
         guest.send(mt::RELID_RELEASED, &relid);
         guest.expect::<OfferChannel>(mt::OFFER_CHANNEL);
         guest.host.remove_device(NET);

@@ -398,7 +398,7 @@ impl Guest {
         let place = Self::mark_address(relid);
         let old: u8 = self.memory.read_obj(place).unwrap();
         self.memory
-            .write_obj(old | 1 << (relid % 8), place)
+            .write_obj(old | (1 << (relid % 8)), place)
             .unwrap();
     }
 
@@ -458,6 +458,10 @@ impl GuestRing {
         GuestAddress(pfn * 4096 + u64::from(offset % 4096))
     }
 }
+
+/// A packet of the host: type, transaction id, bytes between descriptor and payload, payload. And
+/// whether the host must be signalled.
+pub type FromHost = (u16, u64, Vec<u8>, Vec<u8>, bool);
 
 /// The guest's ends of an open channel.
 pub struct GuestRings {
@@ -527,9 +531,8 @@ impl GuestRings {
         }
     }
 
-    /// The next packet if there is one: type, transaction id, bytes between descriptor and payload,
-    /// payload. And whether the host must be signalled.
-    pub fn try_recv(&mut self) -> Option<(u16, u64, Vec<u8>, Vec<u8>, bool)> {
+    /// The next packet if there is one.
+    pub fn try_recv(&mut self) -> Option<FromHost> {
         let packet = self.reader.peek().unwrap()?;
         let mut header = vec![0; packet.header_len()];
         let mut payload = vec![0; packet.payload_len()];
