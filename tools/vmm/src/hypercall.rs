@@ -28,7 +28,6 @@ const HVCALL_POST_MESSAGE: u16 = 0x5c;
 const HVCALL_SIGNAL_EVENT: u16 = 0x5d;
 const HVCALL_RETARGET_INTERRUPT: u16 = 0x7e;
 
-const STATUS_SUCCESS: u16 = 0;
 const STATUS_INVALID_CODE: u16 = 2;
 const STATUS_INVALID_INPUT: u16 = 3;
 const STATUS_INVALID_ALIGNMENT: u16 = 4;
@@ -198,7 +197,7 @@ mod tests {
     impl Recorder {
         fn record(&self, call: Call) -> u16 {
             self.0.lock().unwrap().push(call);
-            STATUS_SUCCESS
+            0
         }
     }
 
