@@ -56,8 +56,7 @@ impl Archive {
     }
 
     fn pad(&mut self) {
-        self.bytes
-            .resize(self.bytes.len().next_multiple_of(4), 0);
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 
     /// The folders above `name`, those that are not there yet.

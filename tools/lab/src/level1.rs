@@ -206,25 +206,49 @@ impl Launch {
 
     fn command(&self, dir: &Path) -> Command {
         let mut qemu = Command::new(&self.qemu);
-        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-            .args(["-machine", "pc", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU])
-            .args(["-smp", &self.cpus.to_string(), "-m", &self.memory.to_string()])
-            .arg("-kernel")
-            .arg(&self.kernel)
-            .arg("-initrd")
-            .arg(dir.join("initrd"))
-            .args(["-append", CMDLINE])
-            .args(["-serial", &format!("file:{}", escape(&dir.join("console")))])
-            .args(["-device", "virtio-rng-pci"])
-            .args(["-device", "virtio-serial-pci,max_ports=31"]);
+        qemu.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ])
+        .args([
+            "-machine",
+            "pc",
+            "-accel",
+            "tcg,thread=multi,tb-size=512",
+            "-cpu",
+            CPU,
+        ])
+        .args([
+            "-smp",
+            &self.cpus.to_string(),
+            "-m",
+            &self.memory.to_string(),
+        ])
+        .arg("-kernel")
+        .arg(&self.kernel)
+        .arg("-initrd")
+        .arg(dir.join("initrd"))
+        .args(["-append", CMDLINE])
+        .args(["-serial", &format!("file:{}", escape(&dir.join("console")))])
+        .args(["-device", "virtio-rng-pci"])
+        .args(["-device", "virtio-serial-pci,max_ports=31"]);
         let mut port = |name: &str, backend: &str| {
             qemu.args(["-chardev", &format!("{backend},id={name}")])
-                .args(["-device", &format!("virtserialport,chardev={name},name={name}")]);
+                .args([
+                    "-device",
+                    &format!("virtserialport,chardev={name},name={name}"),
+                ]);
         };
         for name in [STDIN_PORT, STDOUT_PORT, STDERR_PORT, STATUS_PORT] {
             port(name, &format!("socket,path={}", escape(&dir.join(name))));
         }
-        let outputs = self.outputs.iter().map(|(here, _)| format!("file,path={}", escape(here)));
+        let outputs = self
+            .outputs
+            .iter()
+            .map(|(here, _)| format!("file,path={}", escape(here)));
         let sockets = self
             .sockets
             .iter()
@@ -235,7 +259,10 @@ impl Launch {
         for (index, (here, _)) in self.disks.iter().enumerate() {
             qemu.args([
                 "-drive",
-                &format!("file={},format=raw,if=none,readonly=on,id=disk{index}", escape(here)),
+                &format!(
+                    "file={},format=raw,if=none,readonly=on,id=disk{index}",
+                    escape(here)
+                ),
                 "-device",
                 &format!("virtio-blk-pci,drive=disk{index}"),
             ]);
@@ -285,10 +312,13 @@ impl Launch {
                 }
             });
         }
-        let mut qemu = command.spawn().map(Qemu).map_err(|error| Level1Error::Qemu {
-            qemu: self.qemu.clone(),
-            error,
-        })?;
+        let mut qemu = command
+            .spawn()
+            .map(Qemu)
+            .map_err(|error| Level1Error::Qemu {
+                qemu: self.qemu.clone(),
+                error,
+            })?;
 
         // QEMU connects before it starts, or ends.
         let with_stdin = self.stdin;
@@ -331,7 +361,10 @@ impl Launch {
             }
             thread::sleep(Duration::from_millis(50));
         }
-        let code = reader.is_finished().then(|| reader.join().ok().flatten()).flatten();
+        let code = reader
+            .is_finished()
+            .then(|| reader.join().ok().flatten())
+            .flatten();
         let Some(code) = code else {
             let console = fs::read(dir.join("console")).unwrap_or_default();
             let console = String::from_utf8_lossy(&console);

@@ -51,7 +51,12 @@ pub struct Files {
     #[arg(long, env = "HVLAB_MODULES", value_name = "DIR")]
     pub modules: Option<PathBuf>,
     /// QEMU, for machines without usable KVM
-    #[arg(long, env = "HVLAB_QEMU", default_value = "qemu-system-x86_64", value_name = "PROGRAM")]
+    #[arg(
+        long,
+        env = "HVLAB_QEMU",
+        default_value = "qemu-system-x86_64",
+        value_name = "PROGRAM"
+    )]
     pub qemu: String,
 }
 
@@ -70,7 +75,12 @@ pub struct Args {
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
     pub memory: u32,
     /// Words to add to the guest's kernel command line
-    #[arg(long, default_value = "", value_name = "WORDS", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        default_value = "",
+        value_name = "WORDS",
+        allow_hyphen_values = true
+    )]
     pub append: String,
     /// More files for the guest: a folder or an uncompressed cpio archive
     #[arg(long, value_name = "PATH")]
@@ -104,7 +114,14 @@ impl Args {
     pub fn level1(&self) -> Launch {
         let mut args = vec![
             "run".to_owned(),
-            format!("--drivers={}", if self.drivers == Drivers::C { "c" } else { "rust" }),
+            format!(
+                "--drivers={}",
+                if self.drivers == Drivers::C {
+                    "c"
+                } else {
+                    "rust"
+                }
+            ),
             format!("--cpus={}", self.cpus),
             format!("--memory={}", self.memory),
             format!("--append={}", self.append),
@@ -206,7 +223,9 @@ fn kernel_release(kernel: &Path) -> Result<String> {
         let mut pointer = [0; 2];
         file.read_exact(&mut pointer)?;
         // The pointer counts from the second sector.
-        file.seek(SeekFrom::Start(u64::from(u16::from_le_bytes(pointer)) + 0x200))?;
+        file.seek(SeekFrom::Start(
+            u64::from(u16::from_le_bytes(pointer)) + 0x200,
+        ))?;
         let mut text = Vec::new();
         file.take(128).read_to_end(&mut text)?;
         Ok(text)
@@ -220,7 +239,10 @@ fn kernel_release(kernel: &Path) -> Result<String> {
     if release.starts_with(|first: char| first.is_ascii_digit()) {
         Ok(release)
     } else {
-        Err(format!("{}: no kernel release in it, is it a bzImage?", kernel.display()))
+        Err(format!(
+            "{}: no kernel release in it, is it a bzImage?",
+            kernel.display()
+        ))
     }
 }
 
@@ -263,7 +285,11 @@ pub fn run(args: &Args) -> Result<i32> {
     let overlay = args.overlay()?;
     let overlay_file = std::env::temp_dir().join(format!("hvlab-overlay-{}", std::process::id()));
     fs::write(&overlay_file, overlay).map_err(file_error(&overlay_file))?;
-    let terminal = if args.console.is_none() { RawTerminal::new() } else { None };
+    let terminal = if args.console.is_none() {
+        RawTerminal::new()
+    } else {
+        None
+    };
     let console = match &args.console {
         Some(path) => Console {
             output: Box::new(File::create(path).map_err(file_error(path))?),
@@ -271,7 +297,11 @@ pub fn run(args: &Args) -> Result<i32> {
         },
         None => Console {
             output: Box::new(io::stdout()),
-            input: io::stdin().as_fd().try_clone_to_owned().ok().map(File::from),
+            input: io::stdin()
+                .as_fd()
+                .try_clone_to_owned()
+                .ok()
+                .map(File::from),
         },
     };
     let vm = Vm::new(Config {
@@ -308,7 +338,11 @@ pub fn run(args: &Args) -> Result<i32> {
 
 /// Runs level 1 in our place. Gives the command's exit status.
 pub fn run_in_level1(args: &Args) -> Result<i32> {
-    let _terminal = if args.console.is_none() { RawTerminal::new() } else { None };
+    let _terminal = if args.console.is_none() {
+        RawTerminal::new()
+    } else {
+        None
+    };
     args.level1()
         .run(io::stdout())
         .map_err(|error| error.to_string())

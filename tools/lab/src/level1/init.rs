@@ -24,7 +24,9 @@ const NO_READER: Duration = Duration::from_millis(200);
 /// Whether this process was started as level 1's first one.
 pub fn is_init() -> bool {
     std::process::id() == 1
-        && std::env::args_os().next().is_some_and(|name| name == "/lab/init")
+        && std::env::args_os()
+            .next()
+            .is_some_and(|name| name == "/lab/init")
 }
 
 /// Does the job and switches the machine off.

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The host of a guest under test, by its control socket.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use lab_control::{Client, DataPath, NicStatus, Reply, Request, Status};
+
+use super::guest::Nic;
+use super::Result;
+
+/// A host opens its socket before the guest runs.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// A connection to the control socket.
+pub struct Host {
+    path: PathBuf,
+    client: Mutex<Client>,
+}
+
+impl Host {
+    /// Connects to a host that is just starting.
+    pub fn connect(path: &Path) -> Result<Self> {
+        Ok(Self {
+            path: path.to_owned(),
+            client: Mutex::new(Client::connect(path, CONNECT)?),
+        })
+    }
+
+    fn request(&self, request: &Request) -> Result<Reply> {
+        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        client
+            .request(request)
+            .map_err(|error| format!("host: {request:?}: {error}").into())
+    }
+
+    /// All counters.
+    pub fn counters(&self) -> Result<BTreeMap<String, u64>> {
+        match self.request(&Request::Counters)? {
+            Reply::Counters(counters) => Ok(counters),
+            other => Err(format!("host: counters: {other:?}").into()),
+        }
+    }
+
+    /// The state of the host.
+    pub fn status(&self) -> Result<Status> {
+        match self.request(&Request::Status)? {
+            Reply::Status(status) => Ok(status),
+            other => Err(format!("host: status: {other:?}").into()),
+        }
+    }
+
+    /// A NIC's state; NICs are told apart by their address, as they may come in any order.
+    pub fn nic(&self, nic: &Nic) -> Result<NicStatus> {
+        let status = self.status()?;
+        let number = number(&status, nic)?;
+        Ok(status.nics[number as usize].clone())
+    }
+
+    /// The number by which the host knows a NIC.
+    fn number(&self, nic: &Nic) -> Result<u32> {
+        number(&self.status()?, nic)
+    }
+
+    /// Gives a NIC its VF.
+    pub fn add_vf(&self, nic: &Nic) -> Result<()> {
+        let nic = self.number(nic)?;
+        self.request(&Request::AddVf { nic }).map(drop)
+    }
+
+    /// Takes a NIC's VF away.
+    pub fn remove_vf(&self, nic: &Nic) -> Result<()> {
+        let nic = self.number(nic)?;
+        self.request(&Request::RemoveVf { nic }).map(drop)
+    }
+
+    /// Sets the VF's link.
+    pub fn vf_link(&self, nic: &Nic, up: bool) -> Result<()> {
+        let nic = self.number(nic)?;
+        self.request(&Request::VfLink { nic, up }).map(drop)
+    }
+
+    /// Sets the link of the synthetic NIC.
+    pub fn nic_link(&self, nic: &Nic, up: bool) -> Result<()> {
+        let nic = self.number(nic)?;
+        self.request(&Request::NicLink { nic, up }).map(drop)
+    }
+
+    /// Starts a servicing that takes the VF away for a while; ends with it.
+    pub fn service(&self, nic: &Nic, duration: Duration) -> Result<Servicing> {
+        let request = Request::Service {
+            nic: Some(self.number(nic)?),
+            duration_ms: u64::try_from(duration.as_millis())?,
+        };
+        // A connection of its own, as the reply comes at the end.
+        let mut client = Client::connect(&self.path, CONNECT)?;
+        Ok(Servicing(thread::spawn(move || {
+            client
+                .request(&request)
+                .map(drop)
+                .map_err(|error| format!("host: {request:?}: {error}"))
+        })))
+    }
+
+    /// Whether the guest has put the data path on the VF.
+    pub fn data_path_is_vf(&self, nic: &Nic) -> Result<bool> {
+        Ok(self.nic(nic)?.data_path == DataPath::Vf)
+    }
+
+    /// The version that the NIC's driver has negotiated.
+    pub fn nvsp_version(&self, nic: &Nic) -> Result<String> {
+        self.nic(nic)?
+            .nvsp_version
+            .ok_or_else(|| "no NVSP version negotiated".into())
+    }
+
+    /// Asks the host to end.
+    pub fn quit(&self) {
+        // One that has ended already cannot be asked, which its process tells.
+        let _ = self.request(&Request::Quit);
+    }
+}
+
+fn number(status: &Status, nic: &Nic) -> Result<u32> {
+    let mac = nic.mac();
+    let found = status
+        .nics
+        .iter()
+        .position(|candidate| candidate.mac.eq_ignore_ascii_case(&mac));
+    match found {
+        Some(number) => Ok(number as u32),
+        None => Err(format!("the host has no NIC {mac}: {status:?}").into()),
+    }
+}
+
+/// A servicing under way.
+pub struct Servicing(JoinHandle<std::result::Result<(), String>>);
+
+impl Servicing {
+    /// Waits for its end.
+    pub fn wait(self) -> Result<()> {
+        match self.0.join() {
+            Ok(result) => result.map_err(Into::into),
+            Err(_) => Err("the servicing's thread panicked".into()),
+        }
+    }
+}

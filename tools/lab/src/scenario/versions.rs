@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Scenario 8: a host that takes only older protocol versions.
+
+use super::guest::{Boot, Nic};
+use super::traffic::{Iperf, Link};
+use super::vf::bonded;
+use super::{ensure, Context, Result};
+
+/// VMBus, NVSP and virtual PCI versions, newest first; each boot takes one of each.
+const VERSIONS: [(&str, &str, &str); 6] = [
+    ("6.0", "6.1", "1.4"),
+    ("5.3", "6.0", "1.3"),
+    ("5.2", "5.0", "1.2"),
+    ("5.1", "4.0", "1.1"),
+    ("5.0", "2.0", "1.4"),
+    ("4.0", "1.0", "1.1"),
+];
+
+pub fn run(context: &mut Context<'_>) -> Result<()> {
+    let lab = context.lab();
+    for (vmbus, nvsp, vpci) in VERSIONS {
+        context.note(&format!("VMBus {vmbus}, NVSP {nvsp}, virtual PCI {vpci}"));
+        // Association of a VF came with NVSP 4.
+        let vf = !nvsp.starts_with(['1', '2']);
+        let mut guest = context.boot(&Boot {
+            cpus: 1,
+            vmbus_version: Some(vmbus),
+            nvsp_version: Some(nvsp),
+            vpci_version: Some(vpci),
+            ..Boot::new(vec![Nic::with_vf(0)])
+        })?;
+        let nic = guest.nics[0].clone();
+        guest.peer_server(lab, &nic, &["iperf3", "-s"])?;
+        let link = Link::new(&guest, lab, &nic);
+        context.check(&format!("VMBus {vmbus} is in use"), || {
+            let lines = guest.dmesg("Vmbus version:")?;
+            ensure(
+                lines
+                    .iter()
+                    .any(|line| line.contains(&format!("Vmbus version:{vmbus}"))),
+                || format!("{lines:?}"),
+            )
+        });
+        context.check(&format!("virtual PCI {vpci} is in use"), || {
+            let minor = vpci.split('.').nth(1).unwrap_or_default();
+            let wanted = format!("PCI VMBus probing: Using version 0x1000{minor}");
+            guest.wait_until(
+                &format!("dmesg -t | grep -q \"{wanted}\""),
+                std::time::Duration::from_secs(30),
+            )
+        });
+        context.check(&format!("NVSP {nvsp} is in use"), || {
+            let version = guest.host.nvsp_version(&nic)?;
+            ensure(version == nvsp, || format!("the host says {version}"))
+        });
+        if vf {
+            context.check("the VF joins", || bonded(&guest, &nic));
+        }
+        context.check("traffic passes", || {
+            link.pings()?;
+            for reverse in [false, true] {
+                link.iperf(Iperf {
+                    udp: false,
+                    v6: false,
+                    reverse,
+                    seconds: 1,
+                })?;
+            }
+            link.frames_out(1000, 1514)?;
+            link.frames_in(1000, 1514)
+        });
+        context.finish(guest)?;
+    }
+    Ok(())
+}
