@@ -832,7 +832,7 @@ mod tests {
     fn send_table_offsets() {
         let good: [u32; SEND_TABLE_SIZE] = core::array::from_fn(|i| i as u32);
         // Where the table is, what the message says, its length, version, outcome.
-        let cases: [(usize, u32, usize, Version, Result<(), Error>); 9] = [
+        let cases = [
             (40, 40, 104, Version::V61, Ok(())),
             (12, 12, 76, Version::V61, Ok(())),
             (12, 12, 75, Version::V61, Err(Error::SendTableOffset(12))),
