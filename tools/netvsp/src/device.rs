@@ -118,8 +118,12 @@ impl Shared {
 
     /// Sends what waits for the guest and wakes those who wait for room.
     pub(crate) fn pump(&self) {
-        self.receive().pump();
-        self.room.notify_all();
+        let mut receive = self.receive();
+        receive.pump();
+        // Seldom; a notification costs a system call.
+        if receive.waiting > 0 {
+            self.room.notify_all();
+        }
     }
 
     pub(crate) fn wake_primary(&self) {
@@ -185,11 +189,13 @@ impl Shared {
                 self.counters.no_room.inc();
                 return (receive, false);
             }
+            receive.waiting += 1;
             receive = self
                 .room
                 .wait_timeout(receive, end - now)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
+            receive.waiting -= 1;
         }
     }
 }

@@ -103,6 +103,8 @@ pub(crate) struct Receive {
     pub(crate) offloads: RxOffloads,
     pub(crate) rss: Option<Distribution>,
     next_packet_id: u16,
+    /// Threads that wait for room.
+    pub(crate) waiting: usize,
     scratch: Vec<u8>,
     counters: RxCounters,
 }
@@ -129,6 +131,7 @@ impl Receive {
             offloads: RxOffloads::default(),
             rss: None,
             next_packet_id: 0,
+            waiting: 0,
             scratch: Vec::new(),
             counters: RxCounters {
                 refused: counter("rx_refused_by_guest"),
