@@ -1,23 +1,75 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! PCI host bridge driver for Hyper-V and Azure virtual machines.
+//!
+//! The host passes PCI functions through to the guest, network VFs above all, each on a virtual
+//! root bus of its own that is a VMBus device. The functions' configuration space is seen through
+//! a window in MMIO space, everything else goes by messages over the VMBus channel.
+//!
+//! - `driver`: what happens when a bus comes and goes.
+//! - `bus`: the state of a bus, and what the host says about it.
+//! - `protocol`: the conversation with the host, request by request.
+//! - `requests`: which requests are under way.
+//! - `relations`: functions come and go on a bus.
+//! - `config`: configuration space.
+//! - `bars`: how much MMIO space the functions need, and where they get it.
+//! - `msi`: interrupts.
 
 #![forbid(unsafe_code)]
 
-use kernel::prelude::*;
+use kernel::{
+    driver::Registration,
+    prelude::*, //
+};
+
+#[path = "pci_hyperv/bars.rs"]
+mod bars;
+#[path = "pci_hyperv/bus.rs"]
+mod bus;
+#[path = "pci_hyperv/config.rs"]
+mod config;
+#[path = "pci_hyperv/driver.rs"]
+mod driver;
+#[path = "pci_hyperv/msi.rs"]
+mod msi;
+#[path = "pci_hyperv/protocol.rs"]
+mod protocol;
+#[path = "pci_hyperv/relations.rs"]
+mod relations;
+#[path = "pci_hyperv/requests.rs"]
+mod requests;
 
 module! {
     type: PciHyperv,
     name: "hv_pci",
     authors: ["pci-hyperv authors"],
     description: "Hyper-V PCI",
-    license: "GPL",
+    license: "GPL v2",
 }
 
-struct PciHyperv;
+/// Name of the driver. User space matches it: udev rules, cloud-init, netplan.
+const DRIVER_NAME: &CStr = c"hv_pci";
+
+struct PciHyperv {
+    _registration: Pin<KBox<Registration<vmbus::Adapter<driver::HvPci>>>>,
+}
 
 impl kernel::Module for PciHyperv {
-    fn init(_module: &'static ThisModule) -> Result<Self> {
-        Err(ENODEV)
+    fn init(module: &'static ThisModule) -> Result<Self> {
+        if !vmbus::exists() {
+            return Err(ENODEV);
+        }
+        let registration = KBox::pin_init(Registration::new(DRIVER_NAME, module), GFP_KERNEL)
+            .inspect_err(|e| {
+                if *e == EBUSY {
+                    pr_err!(
+                        "the kernel's own hv_pci driver is in place; \
+                         boot with initcall_blacklist=init_hv_pci_drv to use this one\n"
+                    );
+                }
+            })?;
+        Ok(Self {
+            _registration: registration,
+        })
     }
 }

@@ -1414,11 +1414,11 @@ impl<'a> Event<'a> {
                 Self::BusRelations(BusRelations::parse(message_type, bytes)?)
             }
             MessageType::EJECT => {
-                let m: ChildMessage = parse("eject", bytes)?;
+                let m: ChildMessage = parse("eject message", bytes)?;
                 Self::Eject(m.slot)
             }
             MessageType::INVALIDATE_BLOCK => {
-                let m: InvalidateBlock = parse("invalidate block", bytes)?;
+                let m: InvalidateBlock = parse("invalidate message", bytes)?;
                 Self::InvalidateBlock {
                     slot: m.child.slot,
                     block_mask: m.block_mask.get(),

@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A virtual PCI bus.
+//!
+//! Lock order: `Bus::state`, then the PCI core's rescan lock, then a child's slot. The spinlocks
+//! come last and are not nested: `Bus::children`, `Bus::events`, the configuration window's, those
+//! of the requests.
+
+use hyperv_wire::vpci::{
+    Event,
+    Function,
+    ProtocolVersion,
+    SlotNumber,
+    BARS, //
+};
+use kernel::{
+    device, new_mutex,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        Mutex,
+        SetOnce, //
+    },
+    time::Delta,
+    workqueue::{
+        impl_has_work,
+        new_work,
+        Work,
+        WorkItem, //
+    },
+};
+use pci_host::{
+    OrderedQueue,
+    RootBus,
+    Slot, //
+};
+use vmbus::{
+    new_spinlock_irq,
+    sync::SpinLockIrq,
+    ChannelHandle,
+    ChannelHandler,
+    Completion,
+    PacketKind,
+    Reply,
+    Ring, //
+};
+
+use crate::{
+    config::ConfigWindow,
+    protocol::eproto,
+    requests::{
+        Requests,
+        Response, //
+    },
+};
+
+/// A function on the bus, as the host described it.
+#[pin_data]
+pub(crate) struct Child {
+    pub(crate) function: Function,
+    /// What the BARs read as after all ones were written to them.
+    pub(crate) bars: [u32; BARS],
+    /// The host was told that the function has its resources.
+    pub(crate) assigned: Atomic<bool>,
+    /// The host wants the function back.
+    ejecting: Atomic<bool>,
+    /// The entry in `/sys/bus/pci/slots`.
+    #[pin]
+    pub(crate) slot: Mutex<Option<Slot>>,
+}
+
+impl Child {
+    /// Makes a function that is not on the bus yet.
+    pub(crate) fn new(function: Function, bars: [u32; BARS]) -> Result<Arc<Self>> {
+        Arc::pin_init(
+            try_pin_init!(Self {
+                function,
+                bars,
+                assigned: Atomic::new(false),
+                ejecting: Atomic::new(false),
+                slot <- new_mutex!(None),
+            }),
+            GFP_KERNEL,
+        )
+    }
+}
+
+/// How far the PCI core knows the bus.
+pub(crate) enum State {
+    /// Not yet: it is being probed.
+    Probing,
+    /// It is registered.
+    Installed(RootBus<Bus>),
+    /// Not any more.
+    Removed,
+}
+
+/// What the host has said and nobody has acted on yet.
+struct Events {
+    /// Where the work is done, `None` when nothing is accepted any more.
+    queue: Option<OrderedQueue>,
+    /// The functions that are on the bus, where only the last word counts.
+    relations: Option<KVec<Function>>,
+    /// Functions that the host wants back.
+    ejects: KVec<Arc<Child>>,
+}
+
+/// A virtual PCI bus.
+#[pin_data]
+pub(crate) struct Bus {
+    pub(crate) dev: ARef<vmbus::Device>,
+    pub(crate) domain: u16,
+    pub(crate) channel: SetOnce<ChannelHandle>,
+    pub(crate) version: SetOnce<ProtocolVersion>,
+    pub(crate) config: SetOnce<Pin<KBox<ConfigWindow>>>,
+    pub(crate) requests: Requests,
+    #[pin]
+    pub(crate) state: Mutex<State>,
+    #[pin]
+    pub(crate) children: SpinLockIrq<KVec<Arc<Child>>>,
+    #[pin]
+    events: SpinLockIrq<Events>,
+    #[pin]
+    work: Work<Bus>,
+    /// The first bus relations have been looked at.
+    #[pin]
+    pub(crate) surveyed: Completion,
+    removing: Atomic<bool>,
+    gone: Atomic<bool>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Bus { self.work }
+}
+
+impl Bus {
+    /// Makes a bus of which nothing is known yet.
+    pub(crate) fn new(
+        dev: ARef<vmbus::Device>,
+        domain: u16,
+        queue: OrderedQueue,
+    ) -> Result<Arc<Self>> {
+        Arc::pin_init(
+            try_pin_init!(Self {
+                dev,
+                domain,
+                channel: SetOnce::new(),
+                version: SetOnce::new(),
+                config: SetOnce::new(),
+                requests: Requests::new()?,
+                state <- new_mutex!(State::Probing),
+                children <- new_spinlock_irq!(KVec::new()),
+                events <- new_spinlock_irq!(Events {
+                    queue: Some(queue),
+                    relations: None,
+                    ejects: KVec::new(),
+                }),
+                work <- new_work!("hv_pci::Bus::work"),
+                surveyed <- Completion::new(),
+                removing: Atomic::new(false),
+                gone: Atomic::new(false),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// The device, for messages to the log.
+    pub(crate) fn log(&self) -> &device::Device {
+        (*self.dev).as_ref()
+    }
+
+    /// The negotiated version of the protocol.
+    pub(crate) fn version(&self) -> ProtocolVersion {
+        self.version.copy().unwrap_or(ProtocolVersion::V1_1)
+    }
+
+    /// Whether the bus is on its way out.
+    pub(crate) fn is_removing(&self) -> bool {
+        self.removing.load(Relaxed)
+    }
+
+    /// Access to the channel's rings.
+    pub(crate) fn ring(&self) -> Result<Ring<'_>> {
+        self.channel.as_ref().ok_or(ENODEV)?.ring()
+    }
+
+    /// The function in a slot.
+    pub(crate) fn child(&self, slot: SlotNumber) -> Option<Arc<Child>> {
+        let children = self.children.lock();
+        children.iter().find(|c| c.function.slot == slot).cloned()
+    }
+
+    /// All functions. Must not be called in atomic context.
+    pub(crate) fn all_children(&self) -> Result<KVec<Arc<Child>>> {
+        loop {
+            let count = self.children.lock().len();
+            let mut all = KVec::with_capacity(count, GFP_KERNEL)?;
+            let children = self.children.lock();
+            if children.len() > count {
+                continue;
+            }
+            for child in children.iter() {
+                all.push_within_capacity(child.clone())
+                    .map_err(|_| ENOMEM)?;
+            }
+            return Ok(all);
+        }
+    }
+
+    /// Sends a message that is not answered.
+    pub(crate) fn send(&self, message: &[u8]) -> Result {
+        self.ring()?
+            .send_inband(message, 0, Reply::None)
+            .map(|_| ())
+    }
+
+    /// Sends a request and waits for the answer.
+    pub(crate) fn request(&self, message: &[u8], timeout: Delta) -> Result<Response> {
+        let request = self.requests.begin()?;
+        self.ring()?
+            .send_inband(message, request.id(), Reply::Wanted)?;
+        self.wait_for(request.done(), timeout)?;
+        request.response().ok_or(eproto())
+    }
+
+    /// Waits for something that the host has to do first.
+    pub(crate) fn wait_for(&self, event: &Completion, timeout: Delta) -> Result {
+        self.dev.wait_for(event, timeout).inspect_err(|e| {
+            if *e == ENODEV && !self.gone.xchg(true, Relaxed) {
+                dev_warn!(self.log(), "The device is gone.\n");
+            }
+        })
+    }
+
+    /// Accepts nothing from the host any more, and waits for what was accepted.
+    pub(crate) fn quiesce(&self) {
+        self.removing.store(true, Relaxed);
+        let queue = self.events.lock().queue.take();
+        // Runs what is queued.
+        drop(queue);
+        let mut events = self.events.lock();
+        let relations = events.relations.take();
+        let ejects = core::mem::replace(&mut events.ejects, KVec::new());
+        drop(events);
+        drop((relations, ejects));
+    }
+
+    /// Takes the last relations and the ejects that came since the last call.
+    pub(crate) fn take_events(&self) -> (Option<KVec<Function>>, KVec<Arc<Child>>) {
+        let mut events = self.events.lock();
+        let ejects = core::mem::replace(&mut events.ejects, KVec::new());
+        (events.relations.take(), ejects)
+    }
+
+    /// Reads all packets there are. Called by the channel, and by somebody who waits for an answer
+    /// with interrupts off.
+    pub(crate) fn receive(self: &Arc<Self>, ring: &Ring<'_>) {
+        let Some(mut reader) = ring.reader() else {
+            return;
+        };
+        while let Some(packet) = reader.next() {
+            let (id, payload) = (packet.transaction_id(), packet.payload());
+            match packet.kind() {
+                PacketKind::Completion => {
+                    if !self.requests.complete(id, payload) {
+                        dev_err!(self.log(), "Invalid transaction ID {:x}\n", id);
+                    }
+                }
+                PacketKind::Inband => self.on_message(payload),
+                kind => dev_err!(
+                    self.log(),
+                    "unhandled packet type {:?}, tid {:x} len {}\n",
+                    kind,
+                    id,
+                    packet.bytes().len()
+                ),
+            }
+        }
+    }
+
+    fn on_message(self: &Arc<Self>, payload: &[u8]) {
+        match Event::parse(payload) {
+            Ok(Event::BusRelations(relations)) => {
+                let mut functions = KVec::new();
+                for function in relations.iter() {
+                    if functions.push(function, GFP_ATOMIC).is_err() {
+                        dev_err!(self.log(), "no memory for bus relations\n");
+                        return;
+                    }
+                }
+                if !self.enqueue(|events| drop(events.relations.replace(functions))) {
+                    dev_info!(self.log(), "PCI VMBus BUS_RELATIONS: ignored\n");
+                }
+            }
+            Ok(Event::Eject(slot)) => self.on_eject(slot),
+            // Nobody asks for blocks, so nobody has to know that they changed.
+            Ok(Event::InvalidateBlock { .. }) => {}
+            Ok(Event::Unknown(kind)) => {
+                dev_warn!(self.log(), "Unimplemented protocol message {:x}\n", kind.0);
+            }
+            Err(e) => dev_err!(self.log(), "{}\n", format_args!("{e}")),
+        }
+    }
+
+    fn on_eject(self: &Arc<Self>, slot: SlotNumber) {
+        let Some(child) = self.child(slot) else {
+            return;
+        };
+        // Once is enough, whatever the host says.
+        if child.ejecting.xchg(true, Relaxed) {
+            return;
+        }
+        let mut stored = Ok(());
+        let accepted = self.enqueue(|events| {
+            stored = events.ejects.push(child.clone(), GFP_ATOMIC);
+        });
+        if stored.is_err() {
+            dev_err!(self.log(), "no memory for an eject\n");
+            child.ejecting.store(false, Relaxed);
+        } else if !accepted {
+            dev_info!(self.log(), "PCI VMBus EJECT: ignored\n");
+        }
+    }
+
+    /// Notes an event and has it looked at. Tells whether events are accepted.
+    fn enqueue(self: &Arc<Self>, note: impl FnOnce(&mut Events)) -> bool {
+        let mut events = self.events.lock();
+        if events.queue.is_none() {
+            return false;
+        }
+        note(&mut events);
+        if let Some(queue) = &events.queue {
+            // It may be queued already, then it will see this event, too.
+            let _ = queue.enqueue(self.clone());
+        }
+        true
+    }
+}
+
+impl WorkItem for Bus {
+    type Pointer = Arc<Bus>;
+
+    fn run(this: Arc<Bus>) {
+        this.handle_events();
+    }
+}
+
+/// The driver's side of the channel.
+pub(crate) struct Receiver(pub(crate) Arc<Bus>);
+
+impl ChannelHandler for Receiver {
+    fn on_event(&self, channel: &ChannelHandle) {
+        if let Ok(ring) = channel.ring() {
+            self.0.receive(&ring);
+        }
+    }
+}

@@ -1,0 +1,473 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! An interrupt domain for the message-signalled interrupts of one PCI bus.
+//!
+//! It lies between the domain of each PCI device, which the PCI core makes, and the CPUs' vector
+//! domain. The [`MsiController`] says which message raises an interrupt and is told when the
+//! interrupt goes to another CPU.
+//!
+//! C header: [`include/linux/msi.h`](srctree/include/linux/msi.h)
+
+use core::{
+    marker::PhantomData,
+    mem::offset_of,
+    ptr::NonNull, //
+};
+
+use hyperv_bindings as bindings;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+/// Name of the chip in `/proc/interrupts` and elsewhere.
+const CHIP_NAME: &CStr = c"Hyper-V PCIe MSI";
+
+/// What the names of the devices' own chips get in front.
+const PREFIX: &CStr = c"HV-";
+
+/// What a device writes where to raise an interrupt.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct MsiMessage {
+    /// Guest-physical address.
+    pub address: u64,
+    /// Data.
+    pub data: u32,
+}
+
+/// How an interrupt relates to others of its device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MsiKind {
+    /// An interrupt with a message of its own: MSI-X, or the only MSI.
+    Single,
+    /// One of several MSIs, whose messages have the same address and consecutive data.
+    Multi {
+        /// Which one, from 0 on.
+        index: u32,
+        /// How many there are.
+        count: u16,
+    },
+}
+
+/// One interrupt, as a callback of [`MsiController`] sees it.
+///
+/// # Invariants
+///
+/// `data` is valid, belongs to an [`MsiDomain`], and has the MSI descriptor `desc` of a PCI device.
+pub struct Interrupt<'a> {
+    data: NonNull<bindings::irq_data>,
+    desc: NonNull<bindings::msi_desc>,
+    _callback: PhantomData<&'a ()>,
+}
+
+impl Interrupt<'_> {
+    /// # Safety
+    ///
+    /// `data` must be valid for the life of the result and belong to an interrupt domain of a PCI
+    /// bus.
+    unsafe fn from_raw(data: *mut bindings::irq_data) -> Option<Self> {
+        // SAFETY: By the safety requirements `data` is valid.
+        let desc = unsafe { bindings::irq_data_get_msi_desc(data) };
+        // INVARIANT: The domain is only given to PCI devices.
+        Some(Self {
+            data: NonNull::new(data)?,
+            desc: NonNull::new(desc.cast())?,
+            _callback: PhantomData,
+        })
+    }
+
+    /// Linux's number of the interrupt.
+    pub fn irq(&self) -> u32 {
+        // SAFETY: By the type invariants `data` is valid.
+        unsafe { (*self.data.as_ptr()).irq }
+    }
+
+    /// Which function it belongs to.
+    pub fn devfn(&self) -> u8 {
+        // SAFETY: By the type invariants the descriptor is that of a PCI device, whose `dev` is
+        // embedded in a `struct pci_dev`.
+        unsafe {
+            let dev = (*self.desc.as_ptr()).dev;
+            let pdev = dev
+                .byte_sub(offset_of!(bindings::pci_dev, dev))
+                .cast::<bindings::pci_dev>();
+            (*pdev).devfn as u8
+        }
+    }
+
+    /// Whether there are others that share its message.
+    pub fn kind(&self) -> MsiKind {
+        // SAFETY: By the type invariants the descriptor is valid.
+        let (is_msix, count, base) = unsafe {
+            (
+                bindings::msi_desc_is_msix(self.desc.as_ptr().cast()),
+                (*self.desc.as_ptr()).nvec_used,
+                (*self.desc.as_ptr()).irq,
+            )
+        };
+        match u16::try_from(count) {
+            Ok(count) if count > 1 && !is_msix => MsiKind::Multi {
+                index: self.irq().wrapping_sub(base),
+                count,
+            },
+            _ => MsiKind::Single,
+        }
+    }
+
+    /// The message of the first of several interrupts, as it was composed before.
+    pub fn first_message(&self) -> MsiMessage {
+        // SAFETY: By the type invariants the descriptor is valid, and any bits are a valid message.
+        unsafe {
+            let msg = &raw const (*self.desc.as_ptr()).msg;
+            let low = *(*msg).__bindgen_anon_1.address_lo.as_ref();
+            let high = *(*msg).__bindgen_anon_2.address_hi.as_ref();
+            MsiMessage {
+                address: u64::from(high) << 32 | u64::from(low),
+                data: *(*msg).__bindgen_anon_3.data.as_ref(),
+            }
+        }
+    }
+
+    /// The CPU's vector that the interrupt has at present.
+    pub fn vector(&self) -> u32 {
+        // SAFETY: By the type invariants `data` is valid. Its parent is the vector domain, where
+        // the configuration lives as long as the interrupt.
+        unsafe {
+            match bindings::irqd_cfg(self.data.as_ptr())
+                .cast::<bindings::irq_cfg>()
+                .as_ref()
+            {
+                Some(cfg) => cfg.vector,
+                None => 0,
+            }
+        }
+    }
+
+    /// The online CPUs it goes to at present.
+    pub fn cpus(&self) -> impl Iterator<Item = u32> + '_ {
+        let mut next = 0;
+        core::iter::from_fn(move || {
+            // SAFETY: By the type invariants `data` is valid.
+            let cpu = unsafe { bindings::irq_data_next_online_cpu(self.data.as_ptr(), next) };
+            next = cpu.saturating_add(1);
+            // SAFETY: The variable does not change after boot.
+            (cpu < unsafe { bindings::nr_cpu_ids }).then_some(cpu)
+        })
+    }
+}
+
+/// The first online CPU from `first` on, or else from the start.
+pub fn next_online_cpu(first: u32) -> u32 {
+    // SAFETY: No requirements.
+    unsafe { bindings::cpumask_next_online_wrap(first) }
+}
+
+/// The driver's side of an [`MsiDomain`].
+pub trait MsiController: Send + Sync + 'static {
+    /// What is kept for each interrupt, from its allocation to its end.
+    type Data: Default + Send + 'static;
+
+    /// Says which message raises the interrupt.
+    ///
+    /// Called with interrupts off, maybe several times for an interrupt: the last message counts.
+    /// An all-zero message means that it did not work.
+    fn compose(&self, irq: &Interrupt<'_>, data: &mut Self::Data) -> MsiMessage;
+
+    /// The interrupt gets enabled, maybe with a new CPU or vector. Called with interrupts off.
+    fn unmask(&self, irq: &Interrupt<'_>, data: &mut Self::Data);
+
+    /// The interrupt is not needed any more.
+    fn free(&self, irq: &Interrupt<'_>, data: &mut Self::Data);
+}
+
+/// An interrupt domain. Dropping it removes the domain, which no device may use any more.
+///
+/// # Invariants
+///
+/// `domain` and `fwnode` are valid and owned by this object; the domain's `host_data` is the pointer
+/// of `_controller`.
+pub struct MsiDomain<C: MsiController> {
+    domain: NonNull<bindings::irq_domain>,
+    fwnode: FwNode,
+    _controller: Arc<C>,
+}
+
+// SAFETY: A domain may be used and removed from any thread.
+unsafe impl<C: MsiController> Send for MsiDomain<C> {}
+
+// SAFETY: There is nothing to do with a shared reference but passing the pointer on.
+unsafe impl<C: MsiController> Sync for MsiDomain<C> {}
+
+/// A named firmware node, which interrupt domains are known by.
+///
+/// # Invariants
+///
+/// The node is valid and owned by this object.
+struct FwNode(NonNull<bindings::fwnode_handle>);
+
+impl FwNode {
+    fn new(name: &CStr) -> Result<Self> {
+        // SAFETY: The name is copied.
+        let node = unsafe { bindings::irq_domain_alloc_named_fwnode(name.as_char_ptr()) };
+        // INVARIANT: The node was just allocated.
+        Ok(Self(NonNull::new(node).ok_or(ENOMEM)?))
+    }
+}
+
+impl Drop for FwNode {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants the node is ours.
+        unsafe { bindings::irq_domain_free_fwnode(self.0.as_ptr()) };
+    }
+}
+
+impl<C: MsiController> MsiDomain<C> {
+    const CHIP: bindings::irq_chip = bindings::irq_chip {
+        name: CHIP_NAME.to_bytes_with_nul().as_ptr(),
+        irq_compose_msi_msg: Some(Self::compose_callback),
+        irq_set_affinity: Some(bindings::irq_chip_set_affinity_parent),
+        irq_ack: Some(bindings::irq_chip_ack_parent),
+        irq_eoi: Some(bindings::irq_chip_eoi_parent),
+        irq_mask: Some(Self::mask_callback),
+        irq_unmask: Some(Self::unmask_callback),
+        ..pin_init::zeroed()
+    };
+
+    const DOMAIN_OPS: bindings::irq_domain_ops = bindings::irq_domain_ops {
+        alloc: Some(Self::alloc_callback),
+        free: Some(Self::free_callback),
+        ..pin_init::zeroed()
+    };
+
+    const PARENT_OPS: bindings::msi_parent_ops = bindings::msi_parent_ops {
+        required_flags: bindings::MSI_FLAG_USE_DEF_DOM_OPS
+            | bindings::MSI_FLAG_USE_DEF_CHIP_OPS
+            | bindings::MSI_FLAG_PCI_MSI_MASK_PARENT,
+        supported_flags: bindings::MSI_FLAG_MULTI_PCI_MSI
+            | bindings::MSI_FLAG_PCI_MSIX
+            | bindings::MSI_FLAG_PCI_MSIX_ALLOC_DYN
+            | bindings::MSI_GENERIC_FLAGS_MASK,
+        chip_flags: bindings::MSI_CHIP_FLAG_SET_ACK,
+        bus_select_token: bindings::irq_domain_bus_token_DOMAIN_BUS_PCI_MSI,
+        bus_select_mask: 0,
+        prefix: PREFIX.to_bytes_with_nul().as_ptr(),
+        init_dev_msi_info: Some(init_dev_msi_info),
+    };
+
+    fn chip() -> &'static bindings::irq_chip {
+        &Self::CHIP
+    }
+
+    fn domain_ops() -> &'static bindings::irq_domain_ops {
+        &Self::DOMAIN_OPS
+    }
+
+    fn parent_ops() -> &'static bindings::msi_parent_ops {
+        &Self::PARENT_OPS
+    }
+
+    /// Creates a domain that is known as `name`.
+    pub fn new(name: &CStr, controller: Arc<C>) -> Result<Self> {
+        let fwnode = FwNode::new(name)?;
+        let mut info = bindings::irq_domain_info {
+            fwnode: fwnode.0.as_ptr(),
+            ops: Self::domain_ops(),
+            host_data: Arc::as_ptr(&controller).cast_mut().cast(),
+            // SAFETY: The variable is set at boot and does not change.
+            parent: unsafe { bindings::x86_vector_domain },
+            ..pin_init::zeroed()
+        };
+        // SAFETY: All of `info` is valid; the tables are constant.
+        let domain = unsafe {
+            bindings::msi_create_parent_irq_domain(
+                &mut info,
+                core::ptr::from_ref(Self::parent_ops()).cast(),
+            )
+        };
+        // INVARIANT: The domain was just created, with the pointer of `controller`.
+        Ok(Self {
+            domain: NonNull::new(domain).ok_or(ENODEV)?,
+            fwnode,
+            _controller: controller,
+        })
+    }
+
+    pub(crate) fn as_raw(&self) -> *mut bindings::irq_domain {
+        self.domain.as_ptr()
+    }
+
+    /// The controller and the interrupt's data.
+    ///
+    /// # Safety
+    ///
+    /// `data` must be valid, belong to a domain of this type, and not be used by others meanwhile.
+    unsafe fn of<'a>(data: *mut bindings::irq_data) -> Option<(&'a C, &'a mut C::Data)> {
+        // SAFETY: By the safety requirements `data` belongs to a domain of this type: its
+        // `host_data` is a `C`, which lives as long as the domain, and its `chip_data` was set by
+        // `alloc_callback`.
+        unsafe {
+            let controller = (*(*data).domain).host_data.cast::<C>().as_ref()?;
+            let own = (*data).chip_data.cast::<C::Data>().as_mut()?;
+            Some((controller, own))
+        }
+    }
+
+    extern "C" fn compose_callback(
+        data: *mut bindings::irq_data,
+        msg: *mut kernel::bindings::msi_msg,
+    ) {
+        // SAFETY: The interrupt core calls this for a valid interrupt with our chip; an interrupt
+        // is not composed, unmasked or freed at the same time.
+        let message = unsafe { (Interrupt::from_raw(data), Self::of(data)) };
+        let message = match message {
+            (Some(irq), Some((controller, own))) => controller.compose(&irq, own),
+            _ => MsiMessage::default(),
+        };
+        // SAFETY: The interrupt core passes a valid pointer, and this is the structure's layout.
+        unsafe {
+            let msg = msg.cast::<bindings::msi_msg>();
+            *(*msg).__bindgen_anon_1.address_lo.as_mut() = message.address as u32;
+            *(*msg).__bindgen_anon_2.address_hi.as_mut() = (message.address >> 32) as u32;
+            *(*msg).__bindgen_anon_3.data.as_mut() = message.data;
+        }
+    }
+
+    extern "C" fn mask_callback(data: *mut bindings::irq_data) {
+        // SAFETY: The interrupt core calls this for a valid interrupt of ours, which has a parent.
+        unsafe {
+            if (*(*(*data).parent_data).chip).irq_mask.is_some() {
+                bindings::irq_chip_mask_parent(data);
+            }
+        }
+    }
+
+    extern "C" fn unmask_callback(data: *mut bindings::irq_data) {
+        // SAFETY: The interrupt core calls this for a valid interrupt with our chip, holding the
+        // interrupt's lock.
+        let callee = unsafe { (Interrupt::from_raw(data), Self::of(data)) };
+        if let (Some(irq), Some((controller, own))) = callee {
+            controller.unmask(&irq, own);
+        }
+        // SAFETY: The interrupt has a parent.
+        unsafe {
+            if (*(*(*data).parent_data).chip).irq_unmask.is_some() {
+                bindings::irq_chip_unmask_parent(data);
+            }
+        }
+    }
+
+    extern "C" fn alloc_callback(
+        domain: *mut bindings::irq_domain,
+        virq: c_uint,
+        count: c_uint,
+        arg: *mut c_void,
+    ) -> c_int {
+        // SAFETY: The interrupt core calls this with a valid domain and unused interrupts.
+        let result = unsafe { bindings::irq_domain_alloc_irqs_parent(domain, virq, count, arg) };
+        if result < 0 {
+            return result;
+        }
+        for i in 0..count {
+            let Ok(own) = KBox::new(C::Data::default(), GFP_KERNEL) else {
+                // SAFETY: The first `i` interrupts have their data, and the parent has all.
+                unsafe {
+                    Self::drop_data(domain, virq, i);
+                    bindings::irq_domain_free_irqs_parent(domain, virq, count);
+                }
+                return ENOMEM.to_errno();
+            };
+            // SAFETY: The interrupt is valid, was not used before, and gets ownership of the data.
+            unsafe {
+                bindings::irq_domain_set_hwirq_and_chip(
+                    domain,
+                    virq + i,
+                    0,
+                    Self::chip(),
+                    KBox::into_raw(own).cast(),
+                );
+                bindings::__irq_set_handler(
+                    virq + i,
+                    Some(bindings::handle_edge_irq),
+                    0,
+                    c"edge".as_char_ptr(),
+                );
+            }
+        }
+        0
+    }
+
+    /// Frees what `alloc_callback` allocated.
+    ///
+    /// # Safety
+    ///
+    /// The interrupts must have been set up by `alloc_callback` and not be in use any more.
+    unsafe fn drop_data(domain: *mut bindings::irq_domain, virq: c_uint, count: c_uint) {
+        for i in 0..count {
+            // SAFETY: By the safety requirements the interrupt's data is a `KBox` of ours, or null.
+            unsafe {
+                let data = bindings::irq_domain_get_irq_data(domain, virq + i);
+                if data.is_null() {
+                    continue;
+                }
+                let own = (*data).chip_data.cast::<C::Data>();
+                (*data).chip_data = core::ptr::null_mut();
+                if !own.is_null() {
+                    drop(KBox::from_raw(own));
+                }
+            }
+        }
+    }
+
+    extern "C" fn free_callback(domain: *mut bindings::irq_domain, virq: c_uint, count: c_uint) {
+        for i in 0..count {
+            // SAFETY: The interrupt core calls this with interrupts of this domain that are not in
+            // use any more.
+            unsafe {
+                let data = bindings::irq_domain_get_irq_data(domain, virq + i);
+                if data.is_null() {
+                    continue;
+                }
+                if let (Some(irq), Some((controller, own))) =
+                    (Interrupt::from_raw(data), Self::of(data))
+                {
+                    controller.free(&irq, own);
+                }
+            }
+        }
+        // SAFETY: See above.
+        unsafe {
+            Self::drop_data(domain, virq, count);
+            bindings::irq_domain_free_irqs_top(domain, virq, count);
+        }
+    }
+}
+
+impl<C: MsiController> Drop for MsiDomain<C> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants the domain is ours. The bridge kept it as long as devices
+        // could use it.
+        unsafe { bindings::irq_domain_remove(self.domain.as_ptr()) };
+        let _ = &self.fwnode;
+    }
+}
+
+/// Adapts the domain that the PCI core makes for one device.
+extern "C" fn init_dev_msi_info(
+    dev: *mut bindings::device,
+    domain: *mut bindings::irq_domain,
+    real_parent: *mut bindings::irq_domain,
+    info: *mut bindings::msi_domain_info,
+) -> bool {
+    // SAFETY: The MSI core passes valid pointers.
+    unsafe {
+        if !bindings::msi_lib_init_dev_msi_info(dev, domain, real_parent, info) {
+            return false;
+        }
+        (*(*info).ops).msi_prepare = Some(bindings::pci_msi_prepare);
+        let chip = (*info).chip;
+        (*chip).irq_set_affinity = Some(bindings::irq_chip_set_affinity_parent);
+        (*chip).irq_retrigger = Some(bindings::irq_chip_retrigger_hierarchy);
+        (*chip).flags |= bindings::IRQCHIP_MOVE_DEFERRED as kernel::ffi::c_ulong;
+    }
+    true
+}
