@@ -840,6 +840,68 @@ impl ResourceRequirementsReply {
     }
 }
 
+/// A memory BAR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bar {
+    /// Which register, the lower one of a 64-bit BAR.
+    pub index: usize,
+    /// Whether the next register is the upper half.
+    pub is_64bit: bool,
+    /// Bytes of MMIO space, a power of two.
+    pub size: u64,
+}
+
+/// A BAR that is not a memory BAR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadBar {
+    /// It is in I/O space.
+    Io,
+    /// The bits that can be changed are not those of a size, or the upper half is missing.
+    Malformed,
+}
+
+/// The BARs of a function, by what they read as after all ones were written to them.
+pub fn bars(masks: &[u32; BARS]) -> impl Iterator<Item = core::result::Result<Bar, BadBar>> + '_ {
+    const SPACE_IO: u32 = 1;
+    const TYPE_64: u32 = 4;
+    const ADDRESS_MASK: u64 = !0xf;
+
+    let mut next = 0;
+    core::iter::from_fn(move || {
+        while masks.get(next) == Some(&0) {
+            next += 1;
+        }
+        let index = next;
+        let low = *masks.get(index)?;
+        next += 1;
+        if low & SPACE_IO != 0 {
+            return Some(Err(BadBar::Io));
+        }
+        let is_64bit = low & TYPE_64 != 0;
+        let high = if is_64bit {
+            let Some(&high) = masks.get(next) else {
+                return Some(Err(BadBar::Malformed));
+            };
+            next += 1;
+            high
+        } else {
+            u32::MAX
+        };
+        let mask = (u64::from(high) << 32 | u64::from(low)) & ADDRESS_MASK;
+        // The lowest bit that can be changed is the size, and all above can be changed, too.
+        let size = mask & mask.wrapping_neg();
+        let limit = if is_64bit { u64::MAX } else { 1 << 31 };
+        if size == 0 || size > limit || mask != size.wrapping_neg() {
+            return Some(Err(BadBar::Malformed));
+        }
+        Some(Ok(Bar {
+            index,
+            is_64bit,
+            size,
+        }))
+    })
+}
+
 /// Reads a configuration block. Completion: [`Status`] followed by the bytes.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -1802,6 +1864,52 @@ mod tests {
         let mut out = [0; 8 + 20 * 257];
         assert!(write_bus_relations(ProtocolVersion::V1_1, &many, &mut out).is_err());
         assert!(write_bus_relations(ProtocolVersion::V1_1, &many[1..], &mut out).is_ok());
+    }
+
+    #[test]
+    fn bars_from_masks() {
+        let collect = |masks| bars(&masks).collect::<std::vec::Vec<_>>();
+        let bar = |index, is_64bit, size| {
+            Ok(Bar {
+                index,
+                is_64bit,
+                size,
+            })
+        };
+        assert_eq!(collect([0; BARS]), []);
+        // Smallest and largest of both kinds.
+        assert_eq!(
+            collect([0xffff_fff0, 0x8000_0000, 0xffff_fff4, !0, 4, 0x8000_0000]),
+            [
+                bar(0, false, 16),
+                bar(1, false, 1 << 31),
+                bar(2, true, 16),
+                bar(4, true, 1 << 63),
+            ]
+        );
+        // Prefetchable, across the halves, with a gap before.
+        assert_eq!(
+            collect([0, 0, 0, 0xc, 0xffff_fffc, 0]),
+            [bar(3, true, 1 << 34)]
+        );
+        // No upper half; no size; holes; not up to the top; I/O.
+        assert_eq!(
+            collect([0, 0, 0, 0, 0, 0xffff_f004]),
+            [Err(BadBar::Malformed)]
+        );
+        assert_eq!(collect([8, 0, 0, 0, 0, 0]), [Err(BadBar::Malformed)]);
+        assert_eq!(
+            collect([0xff0f_f000, 0xfffff000, 0, 0, 0, 0]),
+            [Err(BadBar::Malformed), bar(1, false, 0x1000)]
+        );
+        assert_eq!(
+            collect([0xffff_f004, 0x7fff_ffff, 0, 0, 0, 0]),
+            [Err(BadBar::Malformed)]
+        );
+        assert_eq!(
+            collect([0xffff_ff01, 0xffff_0000, 0, 0, 0, 0]),
+            [Err(BadBar::Io), bar(1, false, 0x1_0000)]
+        );
     }
 
     #[test]

@@ -6,7 +6,11 @@
 //! a window of MMIO space below 4 GiB for the 32-bit BARs and another above for the 64-bit ones,
 //! and the BARs get addresses in them before the PCI core looks.
 
-use hyperv_wire::vpci::BARS;
+use hyperv_wire::vpci::{
+    bars,
+    BadBar,
+    Bar, //
+};
 use kernel::{
     page::PAGE_SIZE,
     prelude::*,
@@ -25,70 +29,12 @@ use crate::{
     },
 };
 
-/// The BAR is in I/O space.
-const SPACE_IO: u32 = 1;
-/// The BAR has 64 bits, the next one is its upper half.
-const TYPE_64: u32 = 4;
-/// The address in a memory BAR.
-const ADDRESS_MASK: u64 = !0xf;
 /// Memory decoding is on, in the command register.
 const COMMAND_MEMORY: u32 = 2;
 
-/// A memory BAR.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Bar {
-    /// Which register, the lower one of a 64-bit BAR.
-    index: usize,
-    is_64bit: bool,
-    /// Bytes of MMIO space, a power of two, not less than a page.
-    size: u64,
-}
-
-/// A BAR that cannot be used.
-enum BadBar {
-    /// It is in I/O space.
-    Io,
-    /// The bits that can be changed are not those of a size, or the upper half is missing.
-    Malformed,
-}
-
-/// The BARs of a function, as its masks tell them.
-fn bars(masks: &[u32; BARS]) -> impl Iterator<Item = Result<Bar, BadBar>> + '_ {
-    let mut index = 0;
-    core::iter::from_fn(move || loop {
-        let at = index;
-        let low = *masks.get(at)?;
-        index += 1;
-        if low == 0 {
-            continue;
-        }
-        if low & SPACE_IO != 0 {
-            return Some(Err(BadBar::Io));
-        }
-        let is_64bit = low & TYPE_64 != 0;
-        let high = if is_64bit {
-            let Some(&high) = masks.get(index) else {
-                return Some(Err(BadBar::Malformed));
-            };
-            index += 1;
-            high
-        } else {
-            u32::MAX
-        };
-        let mask = (u64::from(high) << 32 | u64::from(low)) & ADDRESS_MASK;
-        // The lowest bit that can be changed is the size, and all above can be changed, too.
-        let size = mask & mask.wrapping_neg();
-        if size == 0 || mask != size.wrapping_neg() {
-            return Some(Err(BadBar::Malformed));
-        }
-        // The hypervisor maps whole pages, and the BAR is at the start of one.
-        let size = size.max(PAGE_SIZE as u64);
-        return Some(Ok(Bar {
-            index: at,
-            is_64bit,
-            size,
-        }));
-    })
+/// MMIO space that a BAR takes: the hypervisor maps whole pages, and the BAR is at the start of one.
+fn footprint(bar: &Bar) -> u64 {
+    bar.size.max(PAGE_SIZE as u64)
 }
 
 /// Bytes of MMIO space that functions need.
@@ -132,7 +78,7 @@ impl Bus {
                 } else {
                     &mut space.low
                 };
-                *total = total.checked_add(bar.size).ok_or(ENOSPC)?;
+                *total = total.checked_add(footprint(&bar)).ok_or(ENOSPC)?;
             }
         }
         Ok(space)
@@ -152,7 +98,10 @@ impl Bus {
         let mut next = start;
         for size in (0..u64::BITS).rev().map(|bit| 1 << bit) {
             for child in children {
-                for bar in bars(&child.bars).flatten().filter(|bar| bar.size == size) {
+                for bar in bars(&child.bars)
+                    .flatten()
+                    .filter(|bar| footprint(bar) == size)
+                {
                     let at = if bar.is_64bit {
                         &mut next.high
                     } else {
