@@ -526,7 +526,7 @@ u32 hyperv_helper_flow_addrs_hash(const struct flow_keys *keys)
 	return 0;
 }
 
-void *hyperv_helper_skb_put(struct sk_buff *skb, unsigned int len)
+void *hyperv_helper_skb_put_bytes(struct sk_buff *skb, unsigned int len)
 {
 	return skb_put(skb, len);
 }

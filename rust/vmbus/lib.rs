@@ -40,6 +40,7 @@ use kernel::{
 
 mod channel;
 mod completion;
+mod gpa;
 mod gpadl;
 mod mmio;
 mod packet;
@@ -57,6 +58,10 @@ pub use self::channel::{
     SubchannelOffer, //
 };
 pub use self::completion::Completion;
+pub use self::gpa::{
+    GpaRanges,
+    RequestPage, //
+};
 pub use self::gpadl::{
     Gpadl,
     SharedBytes, //
@@ -345,6 +350,22 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// It does not answer any more then, and nothing can be sent to it.
     pub fn is_rescinded(&self) -> bool {
         self.offer().is_rescinded()
+    }
+
+    /// The device as a bound one, if `bound` is the very same device.
+    pub fn as_bound<'a>(
+        &'a self,
+        bound: &'a device::Device<device::Bound>,
+    ) -> Option<&'a Device<device::Bound>> {
+        // SAFETY: `self.as_raw()` is valid.
+        let own = unsafe { &raw const (*self.as_raw()).device };
+        // CAST: A generic device is a transparent wrapper of `struct device`.
+        if !core::ptr::eq(own, (&raw const *bound).cast()) {
+            return None;
+        }
+        // SAFETY: It is the same device, and `bound` is evidence that it stays bound for `'a`. The
+        // type-state does not change the layout.
+        Some(unsafe { &*(&raw const *self).cast() })
     }
 
     /// Waits until `event` is complete.

@@ -49,11 +49,11 @@ pub struct PageBuffer {
 /// The fixed part of a GPA-direct packet, as C has it, without the ranges.
 #[repr(C, packed)]
 #[derive(Clone, Copy)]
-struct GpaDirectHeader {
+pub(crate) struct GpaDirectHeader {
     // Filled in by the bus driver.
-    descriptor: [u8; 16],
-    reserved: u32,
-    range_count: u32,
+    pub(crate) descriptor: [u8; 16],
+    pub(crate) reserved: u32,
+    pub(crate) range_count: u32,
 }
 
 /// A GPA-direct packet of single pages.
@@ -72,7 +72,7 @@ struct MultipagePacket {
     pfns: [u64; PAGE_BUFFERS_MAX],
 }
 
-const GPA_DIRECT_HEADER: usize = core::mem::size_of::<GpaDirectHeader>();
+pub(crate) const GPA_DIRECT_HEADER: usize = core::mem::size_of::<GpaDirectHeader>();
 
 /// The rings of a channel that is open, and stays so for the life of this object.
 ///
@@ -224,7 +224,7 @@ impl<'a> Ring<'a> {
     /// # Safety
     ///
     /// `descriptor` must point to `size` bytes: a [`GpaDirectHeader`] and complete ranges.
-    unsafe fn send_gpa_direct(
+    pub(crate) unsafe fn send_gpa_direct(
         &self,
         descriptor: *mut bindings::vmbus_packet_mpb_array,
         size: usize,

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Guest memory that a packet refers to.
+
+use hyperv_bindings as bindings;
+use kernel::prelude::*;
+
+use crate::{
+    ring::{
+        GpaDirectHeader,
+        GPA_DIRECT_HEADER, //
+    },
+    Ring,
+    HV_PAGE_SIZE,
+    PAGE_BUFFERS_MAX, //
+};
+
+/// Up to [`PAGE_BUFFERS_MAX`] pages of guest memory in several ranges.
+///
+/// A range is contiguous in guest-physical memory and may begin and end inside of a page.
+#[repr(C)]
+pub struct GpaRanges {
+    header: GpaDirectHeader,
+    /// For each range its length and offset, then its page numbers.
+    words: [u64; 2 * PAGE_BUFFERS_MAX],
+    used: usize,
+    pages: usize,
+}
+
+impl GpaRanges {
+    /// No range.
+    pub fn new() -> Self {
+        Self {
+            header: GpaDirectHeader {
+                descriptor: [0; 16],
+                reserved: 0,
+                range_count: 0,
+            },
+            words: [0; 2 * PAGE_BUFFERS_MAX],
+            used: 0,
+            pages: 0,
+        }
+    }
+
+    /// Appends the range of `len` bytes that begins at `offset` in the page `pfn`. An empty one is
+    /// left out.
+    ///
+    /// Fails with `E2BIG` if that would be too many pages.
+    pub fn push(&mut self, pfn: u64, offset: u32, len: u32) -> Result {
+        if len == 0 {
+            return Ok(());
+        }
+        let offset = offset as usize;
+        if offset >= HV_PAGE_SIZE {
+            return Err(EINVAL);
+        }
+        let pages = (offset + len as usize).div_ceil(HV_PAGE_SIZE);
+        if self.pages + pages > PAGE_BUFFERS_MAX {
+            return Err(E2BIG);
+        }
+        // A range has at least one page, so there are never more than two words a page.
+        let slots = self
+            .words
+            .get_mut(self.used..self.used + 1 + pages)
+            .ok_or(E2BIG)?;
+        slots[0] = u64::from(len) | ((offset as u64) << 32);
+        for (slot, pfn) in slots[1..].iter_mut().zip(pfn..) {
+            *slot = pfn;
+        }
+        self.used += 1 + pages;
+        self.pages += pages;
+        self.header.range_count += 1;
+        Ok(())
+    }
+}
+
+impl Default for GpaRanges {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+const _: () = assert!(core::mem::offset_of!(GpaRanges, words) == GPA_DIRECT_HEADER);
+
+impl Ring<'_> {
+    /// Sends `payload` together with ranges of guest memory, and wants a reply.
+    ///
+    /// The host may use the memory until it completes the packet.
+    pub fn send_ranges(&self, ranges: &mut GpaRanges, payload: &[u8], id: u64) -> Result {
+        if ranges.used == 0 {
+            return Err(EINVAL);
+        }
+        let size = GPA_DIRECT_HEADER + ranges.used * size_of::<u64>();
+        // SAFETY: `size` bytes of the structure are the header and complete ranges.
+        unsafe { self.send_gpa_direct((&raw mut *ranges).cast(), size, payload, id) }
+    }
+}
+
+/// A page of private memory in which the host reads a request.
+///
+/// The owner keeps it until the host has completed the packet that refers to it.
+pub struct RequestPage(KBox<PageBytes>);
+
+#[repr(C, align(4096))]
+struct PageBytes([u8; HV_PAGE_SIZE]);
+
+impl RequestPage {
+    /// Allocates a page of zeroes.
+    pub fn new() -> Result<Self> {
+        Ok(Self(KBox::init(
+            // SAFETY: All bytes zero are a valid array of bytes.
+            unsafe {
+                pin_init::init_from_closure::<_, Error>(|slot: *mut PageBytes| {
+                    slot.write_bytes(0, 1);
+                    Ok(())
+                })
+            },
+            GFP_KERNEL,
+        )?))
+    }
+
+    /// The bytes.
+    pub fn bytes_mut(&mut self) -> &mut [u8; HV_PAGE_SIZE] {
+        &mut self.0 .0
+    }
+
+    /// Number of the page.
+    pub fn pfn(&self) -> u64 {
+        // SAFETY: The allocation lies in the kernel's direct mapping.
+        unsafe { bindings::virt_to_hvpfn((&raw const *self.0).cast_mut().cast()) as u64 }
+    }
+}
