@@ -9,6 +9,14 @@ use hyperv_wire::hypercall::{
 };
 use kernel::prelude::*;
 
+/// Whether Linux is the host's administrative system, whose interrupts work in another way.
+pub fn is_root_partition() -> bool {
+    // SAFETY: The variable is set at boot and does not change.
+    unsafe {
+        bindings::hv_curr_partition_type == bindings::hv_partition_type_HV_PARTITION_TYPE_ROOT
+    }
+}
+
 /// Bytes of a CPU's page for hypercall inputs; the C code puts outputs behind the input.
 const INPUT_PAGE: usize = vmbus::HV_PAGE_SIZE;
 

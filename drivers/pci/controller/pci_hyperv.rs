@@ -56,7 +56,8 @@ struct PciHyperv {
 
 impl kernel::Module for PciHyperv {
     fn init(module: &'static ThisModule) -> Result<Self> {
-        if !vmbus::exists() {
+        // In the root partition interrupts are mapped by other hypercalls.
+        if !vmbus::exists() || pci_host::hypercall::is_root_partition() {
             return Err(ENODEV);
         }
         let registration = KBox::pin_init(Registration::new(DRIVER_NAME, module), GFP_KERNEL)
