@@ -1,46 +1,230 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What is behind the guest's VMBus.
+//! What is behind the guest's VMBus: the bus, its NICs and their VFs, and the control socket.
 
-use std::sync::Arc;
+mod nic;
+mod options;
 
-use vmm::{Hypercalls, Machine};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::run::Args;
+use lab_control::{Lab, LogPage, Server, Status, Target};
+use vmbus_host::{Counters, Direction, MessageLog, Platform, VmbusHost};
+use vmm::{Hypercalls, Machine, Stopper};
+use vpci::RetargetRouter;
 
-/// The VMBus with its devices.
+use nic::LabNic;
+pub use options::HostArgs;
+
+/// Lines of the message log that are kept.
+const LOG_LINES: usize = 100_000;
+
+/// The VMBus with its devices, and who controls them.
 pub struct Host {
-    hypercalls: Arc<Router>,
+    devices: Arc<Devices>,
+    server: Option<Server>,
+}
+
+/// All that the control socket reaches.
+struct Devices {
+    bus: Arc<VmbusHost>,
+    retarget: Arc<RetargetRouter>,
+    log: Arc<MessageLog>,
+    counters: Arc<Counters>,
+    nics: Vec<LabNic>,
+    stopper: Mutex<Option<Stopper>>,
 }
 
 /// Takes the guest's hypercalls to who serves them.
-struct Router {}
-
-/// Hypercall status: no such connection.
-const STATUS_INVALID_CONNECTION: u16 = 18;
-const STATUS_INVALID_PARAMETER: u16 = 5;
+struct Router {
+    bus: Arc<VmbusHost>,
+    retarget: Arc<RetargetRouter>,
+}
 
 impl Hypercalls for Router {
-    fn post_message(&self, _connection: u32, _message_type: u32, _payload: &[u8]) -> u16 {
-        STATUS_INVALID_CONNECTION
+    fn post_message(&self, connection: u32, message_type: u32, payload: &[u8]) -> u16 {
+        self.bus.post_message(connection, message_type, payload)
     }
-    fn signal_event(&self, _connection: u32, _flag: u16) -> u16 {
-        STATUS_INVALID_CONNECTION
+
+    fn signal_event(&self, connection: u32, flag: u16) -> u16 {
+        self.bus.signal_event(connection, flag)
     }
-    fn retarget_device_interrupt(&self, _input: &[u8]) -> u16 {
-        STATUS_INVALID_PARAMETER
+
+    fn retarget_device_interrupt(&self, input: &[u8]) -> u16 {
+        self.retarget.retarget(input)
     }
 }
 
 impl Host {
-    /// A host as the command line describes it.
-    pub fn new(_args: &Args, _machine: Arc<Machine>) -> Result<Self, String> {
+    /// A host as the command line describes it. The message log goes to a file as well, if one is given.
+    pub fn new(
+        args: &HostArgs,
+        log_file: Option<&Path>,
+        machine: &Arc<Machine>,
+    ) -> Result<Self, String> {
+        let log = MessageLog::new(LOG_LINES);
+        if let Some(path) = log_file {
+            let file =
+                File::create(path).map_err(|error| format!("{}: {error}", path.display()))?;
+            log.tee(Box::new(file));
+        }
+        let counters = Counters::new();
+        let platform: Arc<dyn Platform> = machine.clone();
+        let bus = VmbusHost::new(platform, args.vmbus_config(), log.clone(), counters.clone());
+        let retarget = Arc::new(RetargetRouter::new());
+        let mut devices = Devices {
+            bus,
+            retarget,
+            log,
+            counters,
+            nics: Vec::new(),
+            stopper: Mutex::new(None),
+        };
+        for (number, spec) in args.nics().into_iter().enumerate() {
+            let nic = LabNic::new(number, spec, args, machine, &devices)?;
+            devices.nics.push(nic);
+        }
+        // Only now: a NIC that cannot be made ends it all.
+        for nic in &devices.nics {
+            nic.start()?;
+        }
         Ok(Self {
-            hypercalls: Arc::new(Router {}),
+            devices: Arc::new(devices),
+            server: None,
         })
     }
 
     /// Who serves the guest's hypercalls.
     pub fn hypercalls(&self) -> Arc<dyn Hypercalls> {
-        self.hypercalls.clone()
+        Arc::new(Router {
+            bus: self.devices.bus.clone(),
+            retarget: self.devices.retarget.clone(),
+        })
+    }
+
+    /// Lets `quit` end the machine, and serves the control socket if there is to be one.
+    pub fn serve(&mut self, stopper: Stopper, control: Option<&Path>) -> Result<(), String> {
+        *self
+            .devices
+            .stopper
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(stopper);
+        if let Some(path) = control {
+            let server = Server::start(path, self.devices.clone())
+                .map_err(|error| format!("{}: {error}", path.display()))?;
+            self.server = Some(server);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.server.take();
+        // Channels are closed before what is behind them ends.
+        self.devices.bus.shutdown();
+        for nic in &self.devices.nics {
+            nic.shut_down();
+        }
+    }
+}
+
+impl Devices {
+    fn nic(&self, number: u32) -> Result<&LabNic, String> {
+        self.nics.get(number as usize).ok_or_else(|| {
+            format!(
+                "there is no NIC {number}: they count from 0, and there are {}",
+                self.nics.len()
+            )
+        })
+    }
+}
+
+impl Lab for Devices {
+    fn add_vf(&self, nic: u32) -> Result<(), String> {
+        self.nic(nic)?.add_vf()
+    }
+
+    fn remove_vf(&self, nic: u32) -> Result<(), String> {
+        self.nic(nic)?.remove_vf()
+    }
+
+    fn set_vf_link(&self, nic: u32, up: bool) -> Result<(), String> {
+        self.nic(nic)?.set_vf_link(up)
+    }
+
+    fn set_association(&self, nic: u32, on: bool) -> Result<(), String> {
+        self.nic(nic)?.set_association(on);
+        Ok(())
+    }
+
+    fn eject(&self, nic: u32) -> Result<(), String> {
+        self.nic(nic)?.eject()
+    }
+
+    fn rescind(&self, nic: u32, device: Target) -> Result<(), String> {
+        match device {
+            Target::Nic => self.nic(nic)?.rescind(),
+            Target::Vf => self.nic(nic)?.rescind_vf(),
+        }
+    }
+
+    fn offer(&self, nic: u32, device: Target) -> Result<(), String> {
+        match device {
+            Target::Nic => self.nic(nic)?.offer(),
+            Target::Vf => self.nic(nic)?.offer_vf(),
+        }
+    }
+
+    fn set_nic_link(&self, nic: u32, up: bool) -> Result<(), String> {
+        self.nic(nic)?.set_link(up);
+        Ok(())
+    }
+
+    fn note(&self, event: &str) {
+        let (name, fields) = event.split_once(' ').unwrap_or((event, ""));
+        self.log.record(Direction::Host, "control", name, fields);
+    }
+
+    fn log(&self, since: u64, max_lines: usize) -> LogPage {
+        let page = self.log.since(since);
+        let skipped = page.lines.len().saturating_sub(max_lines) as u64;
+        let mut lines = page.lines;
+        lines.truncate(max_lines);
+        LogPage {
+            lines,
+            next: page.next - skipped,
+            dropped: page.dropped,
+        }
+    }
+
+    fn counters(&self) -> BTreeMap<String, u64> {
+        self.counters.snapshot()
+    }
+
+    fn status(&self) -> Status {
+        let usage = self.bus.usage();
+        let nics: Vec<_> = self.nics.iter().map(LabNic::status).collect();
+        Status {
+            vmbus_version: usage.version.map(|version| version.to_string()),
+            channels_offered: usage.offered as u64,
+            channels_open: usage.open as u64,
+            channels_unreleased: usage.unreleased as u64,
+            gpadls: usage.gpadls as u64,
+            interrupts: nics
+                .iter()
+                .filter_map(|nic| nic.vf.as_ref())
+                .map(|vf| u64::from(vf.interrupts))
+                .sum(),
+            nics,
+        }
+    }
+
+    fn quit(&self) {
+        let stopper = self.stopper.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stopper) = &*stopper {
+            stopper.stop();
+        }
     }
 }

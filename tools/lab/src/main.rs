@@ -6,6 +6,7 @@ mod host;
 mod level1;
 mod run;
 mod scenario;
+mod shell;
 
 use clap::{Parser, Subcommand};
 
@@ -26,8 +27,12 @@ enum Command {
     Run(run::Args),
     /// Run the scenarios
     Test(scenario::TestOptions),
+    /// A login shell on the guest's console, with the control client beside it
+    Lab(shell::Options),
     /// Show bonding and host servicing, with explanations
     Demo(scenario::demo::DemoOptions),
+    /// Control a running lab
+    Ctl(lab_control::cli::Ctl),
     /// Say whether this machine's KVM will do
     Check,
 }
@@ -61,6 +66,16 @@ fn main() {
                 .map(|passed| i32::from(!passed))
                 .map_err(|error| error.to_string())
         }
+        Command::Lab(options) => options
+            .side_by_side()
+            .and_then(|()| options.guest())
+            .and_then(|args| {
+                if usable_kvm() {
+                    run::run(&args)
+                } else {
+                    run::run_in_level1(&args)
+                }
+            }),
         Command::Demo(options) => {
             let code = if usable_kvm() {
                 scenario::demo::run(&options).map(|()| 0)
@@ -69,6 +84,7 @@ fn main() {
             };
             code.map_err(|error| error.to_string())
         }
+        Command::Ctl(ctl) => ctl.run().map(|()| 0).map_err(|error| error.to_string()),
         Command::Check => match vmm::open_kvm() {
             Ok(_) => {
                 println!("KVM has all that is needed: guests run directly on it.");

@@ -10,6 +10,7 @@ use clap::{Args as ClapArgs, ValueEnum};
 use vmm::{Config, Console, ExitReason, Vm};
 
 use crate::cpio::Archive;
+use crate::host::{Host, HostArgs};
 use crate::level1::Launch;
 
 /// Where level 1 has what we brought along.
@@ -65,6 +66,8 @@ pub struct Files {
 pub struct Args {
     #[command(flatten)]
     pub files: Files,
+    #[command(flatten)]
+    pub host: HostArgs,
     /// Whose drivers the guest runs
     #[arg(long, default_value = "c")]
     pub drivers: Drivers,
@@ -126,6 +129,7 @@ impl Args {
             format!("--memory={}", self.memory),
             format!("--append={}", self.append),
         ];
+        args.extend(self.host.to_args());
         let mut env = Vec::new();
         let mut files = Vec::new();
         let mut disks = Vec::new();
@@ -318,10 +322,11 @@ pub fn run(args: &Args) -> Result<i32> {
     // It is in the guest's memory now.
     let _ = fs::remove_file(&overlay_file);
     let vm = vm.map_err(|error| error.to_string())?;
-    let host = crate::host::Host::new(args, vm.machine())?;
+    let mut host = Host::new(&args.host, args.log.as_deref(), &vm.machine())?;
     let handle = vm
         .start(host.hypercalls())
         .map_err(|error| error.to_string())?;
+    host.serve(handle.stopper(), args.control.as_deref())?;
     let reason = handle.wait();
     drop(host);
     drop(terminal);

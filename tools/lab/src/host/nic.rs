@@ -1,0 +1,418 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A NIC with its switch port, its peer's network namespace, and its VF.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hyperv_wire::vpci::SlotNumber;
+use lab_control::{DataPath, NicStatus, VfStatus};
+use mana::{ManaVf, VfOptions};
+use netvsp::{Nic, SwitchPort, Uplink};
+use vmbus_host::{Counters, Guid, MessageLog, Platform, VmbusHost};
+use vmm::Machine;
+use vpci::{Bus, BusCounters, BusOptions, RetargetRouter, VpciDevice};
+
+use super::options::{nvsp_name, vpci_name, HostArgs, Spec, Vf as VfWish};
+use super::Devices;
+
+/// What a guest may take to give a VF up when asked to.
+const EJECT: Duration = Duration::from_secs(30);
+/// What a guest may take to release a rescinded device.
+const RELEASE: Duration = Duration::from_secs(30);
+/// Queues of a VF if nothing else is said.
+const VF_QUEUES: u16 = 16;
+/// Mbit/s that the VF says it has.
+const VF_SPEED: u32 = 100_000;
+/// The first NIC's address if nothing else is said, of a block that Azure uses.
+const MAC: [u8; 6] = [0x00, 0x0d, 0x3a, 0xf5, 0x76, 0x00];
+/// The tap in the peer's network namespace.
+const TAP: &str = "peer";
+
+/// A NIC.
+pub struct LabNic {
+    nic: Arc<Nic>,
+    offered: AtomicBool,
+    peer: Peer,
+    serial: u32,
+    vf_options: VfOptions,
+    vf_at_boot: bool,
+    bus: BusMaker,
+    bus_host: Arc<VmbusHost>,
+    log: Arc<MessageLog>,
+    counters: Arc<Counters>,
+    vf: Mutex<VfState>,
+}
+
+/// The VF of a NIC.
+#[derive(Default)]
+struct VfState {
+    /// The bus and what is on it, while it is offered.
+    present: Option<Vf>,
+    /// Link of the VF, also of the next one.
+    link_down: bool,
+}
+
+struct Vf {
+    device: Arc<VpciDevice>,
+    function: Arc<ManaVf>,
+}
+
+/// All that a virtual PCI bus needs; a rescinded one is not used again.
+struct BusMaker {
+    options: BusOptions,
+    machine: Arc<Machine>,
+    retarget: Arc<RetargetRouter>,
+    counters: BusCounters,
+    name: String,
+}
+
+impl BusMaker {
+    fn make(&self) -> Arc<Bus> {
+        let machine = self.machine.clone();
+        let bus = Bus::new(
+            self.options.clone(),
+            self.machine.mmio().clone(),
+            Arc::new(move |address, data| machine.signal_msi(address, data)),
+            self.counters.clone(),
+        );
+        self.retarget.add(&bus);
+        bus
+    }
+}
+
+/// The only function of a bus: where Azure has it for MANA.
+fn slot() -> SlotNumber {
+    SlotNumber::new(0, 0)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl LabNic {
+    /// Makes a NIC and its peer's network namespace. Nothing is offered yet.
+    pub(super) fn new(
+        number: usize,
+        spec: Spec,
+        args: &HostArgs,
+        machine: &Arc<Machine>,
+        devices: &Devices,
+    ) -> Result<Self, String> {
+        let name = format!("net{number}");
+        let failed = |error: std::io::Error| format!("{name}: {error}");
+        let mac = spec.mac.unwrap_or_else(|| {
+            let mut mac = MAC;
+            mac[5] = number as u8;
+            mac
+        });
+        let mut config = netvsp::Config::new(&name, mac);
+        config.max_version = args.nvsp_version();
+        if let Some(instance) = spec.instance {
+            config.instance = instance;
+        }
+        if let Some(channels) = spec.channels {
+            config.max_channels = channels;
+        }
+        let peer = Peer::new(spec.index.unwrap_or(number))?;
+        let uplink =
+            Uplink::tap(TAP, Some(&peer.path())).map_err(|error| format!("{name}: {error}"))?;
+        peer.bring_up()?;
+        let port = SwitchPort::new(&name, mac, uplink, &devices.counters).map_err(failed)?;
+        let nic = Nic::new(config, port, devices.log.clone(), &devices.counters).map_err(failed)?;
+
+        let bus_name = format!("vpci{number}");
+        let instance = spec.bus.unwrap_or_else(|| {
+            // As a guest names the domain after the third group: 7870 is usual for MANA on Azure.
+            Guid::new(
+                0xe9ac9b28,
+                0x7870 + number as u16,
+                0x4466,
+                [0x9a, 0xe3, 0x4b, 0x84, 0x9c, 0x3e, 0xe0, 0x3b],
+            )
+        });
+        Ok(Self {
+            nic,
+            offered: AtomicBool::new(false),
+            peer,
+            serial: spec.serial.unwrap_or(number as u32 + 1),
+            vf_options: VfOptions {
+                name: format!("vf{number}"),
+                mac,
+                queues: spec.queues.unwrap_or(VF_QUEUES),
+                speed: VF_SPEED,
+            },
+            vf_at_boot: spec.vf == VfWish::Mana,
+            bus: BusMaker {
+                options: BusOptions {
+                    instance,
+                    newest_version: args.vpci_version(),
+                    processors: machine.vp_count(),
+                },
+                machine: machine.clone(),
+                retarget: devices.retarget.clone(),
+                counters: BusCounters::new(&devices.counters, &bus_name),
+                name: bus_name,
+            },
+            bus_host: devices.bus.clone(),
+            log: devices.log.clone(),
+            counters: devices.counters.clone(),
+            vf: Mutex::default(),
+        })
+    }
+
+    /// Offers what is there at boot.
+    pub(super) fn start(&self) -> Result<(), String> {
+        self.offer()?;
+        if self.vf_at_boot {
+            self.add_vf()?;
+        }
+        Ok(())
+    }
+
+    fn name(&self) -> &str {
+        &self.nic.config().name
+    }
+
+    /// Offers the synthetic device.
+    pub(super) fn offer(&self) -> Result<(), String> {
+        self.bus_host
+            .add_device(self.nic.clone())
+            .map_err(|error| format!("{}: {error}", self.name()))?;
+        self.offered.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Rescinds the synthetic device.
+    pub(super) fn rescind(&self) -> Result<(), String> {
+        let instance = self.nic.config().instance;
+        self.offered.store(false, Ordering::Relaxed);
+        self.bus_host.remove_device(instance);
+        self.released(instance)
+    }
+
+    fn released(&self, instance: Guid) -> Result<(), String> {
+        if self.bus_host.wait_removed(instance, RELEASE) {
+            Ok(())
+        } else {
+            Err(format!(
+                "the guest has not released {instance} within {} seconds",
+                RELEASE.as_secs()
+            ))
+        }
+    }
+
+    /// Sets the link of the synthetic device.
+    pub(super) fn set_link(&self, up: bool) {
+        self.nic.set_link(up);
+    }
+
+    /// Tells the guest whether the NIC has a VF.
+    pub(super) fn set_association(&self, on: bool) {
+        self.nic.set_vf_association(on.then_some(self.serial));
+    }
+
+    /// Gives the NIC its VF.
+    pub(super) fn add_vf(&self) -> Result<(), String> {
+        if lock(&self.vf).present.is_some() {
+            return Err(format!("{} has its VF", self.name()));
+        }
+        // The association comes first: the guest's driver knows then what the new function is for.
+        self.set_association(true);
+        self.offer_vf()
+    }
+
+    /// Offers the bus with the VF.
+    pub(super) fn offer_vf(&self) -> Result<(), String> {
+        let mut vf = lock(&self.vf);
+        if vf.present.is_some() {
+            return Err(format!("{} has its VF", self.name()));
+        }
+        let machine = &self.bus.machine;
+        let function = ManaVf::new(
+            &self.vf_options,
+            machine.memory().clone(),
+            self.nic.port().clone(),
+            &self.counters,
+            self.log.clone(),
+        )
+        .map_err(|error| format!("{}: {error}", self.vf_options.name))?;
+        if vf.link_down {
+            function.set_link(false);
+        }
+        let device = VpciDevice::new(&self.bus.name, self.bus.make(), self.log.clone());
+        if !device.add_function(slot(), self.serial, None, function.clone()) {
+            return Err(format!("{}: the slot is taken", self.bus.name));
+        }
+        self.nic.port().set_vf_sink(Some(function.clone()));
+        if let Err(error) = self.bus_host.add_device(device.clone()) {
+            self.nic.port().set_vf_sink(None);
+            return Err(format!("{}: {error}", self.bus.name));
+        }
+        vf.present = Some(Vf { device, function });
+        Ok(())
+    }
+
+    /// Takes the VF away as a host does that has time: the guest gives it up first.
+    pub(super) fn remove_vf(&self) -> Result<(), String> {
+        let device = self.present()?;
+        // A guest without a driver for the bus, or a slow one, loses it anyway.
+        device.eject(slot(), EJECT);
+        let rescinded = self.rescind_vf();
+        self.set_association(false);
+        rescinded
+    }
+
+    fn present(&self) -> Result<Arc<VpciDevice>, String> {
+        match &lock(&self.vf).present {
+            Some(vf) => Ok(vf.device.clone()),
+            None => Err(format!("{} has no VF now", self.name())),
+        }
+    }
+
+    /// Asks the guest to give the VF up.
+    pub(super) fn eject(&self) -> Result<(), String> {
+        if self.present()?.eject(slot(), EJECT) {
+            Ok(())
+        } else {
+            Err(format!(
+                "the guest has not given the VF up within {} seconds",
+                EJECT.as_secs()
+            ))
+        }
+    }
+
+    /// Rescinds the bus with the VF.
+    pub(super) fn rescind_vf(&self) -> Result<(), String> {
+        let Some(vf) = lock(&self.vf).present.take() else {
+            return Err(format!("{} has no VF now", self.name()));
+        };
+        let instance = vf.device.bus().instance();
+        self.nic.port().set_vf_sink(None);
+        vf.device.about_to_rescind();
+        self.bus_host.remove_device(instance);
+        self.released(instance)
+    }
+
+    /// Sets the link of the VF, also for the next one.
+    pub(super) fn set_vf_link(&self, up: bool) -> Result<(), String> {
+        let mut vf = lock(&self.vf);
+        vf.link_down = !up;
+        if let Some(vf) = &vf.present {
+            vf.function.set_link(up);
+        }
+        Ok(())
+    }
+
+    /// The state for the control socket.
+    pub(super) fn status(&self) -> NicStatus {
+        let config = self.nic.config();
+        let status = self.nic.status();
+        let vf = lock(&self.vf);
+        let device = vf.present.as_ref().map(|vf| &vf.device);
+        let version = device.and_then(|device| device.bus().version());
+        let mac: Vec<String> = config
+            .mac
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        NicStatus {
+            instance: config.instance.to_string(),
+            mac: mac.join(":"),
+            offered: self.offered.load(Ordering::Relaxed),
+            open: status.version.is_some(),
+            nvsp_version: status.version.map(nvsp_name),
+            link_up: status.link,
+            channels: status.channels as u32,
+            data_path: if status.data_path_is_vf {
+                DataPath::Vf
+            } else {
+                DataPath::Synthetic
+            },
+            netns: Some(self.peer.name.clone()),
+            vf: Some(VfStatus {
+                instance: self.bus.options.instance.to_string(),
+                serial: self.serial,
+                offered: device.is_some(),
+                open: version.is_some(),
+                associated: status.association.is_some(),
+                link_up: !vf.link_down,
+                vpci_version: version.map(vpci_name),
+                interrupts: u32::try_from(self.interrupts()).unwrap_or(u32::MAX),
+            }),
+        }
+    }
+
+    fn interrupts(&self) -> u64 {
+        self.counters
+            .counter(&format!("{}.interrupts.live", self.bus.name))
+            .get()
+    }
+
+    /// Ends the switch port.
+    pub(super) fn shut_down(&self) {
+        self.nic.port().set_vf_sink(None);
+        lock(&self.vf).present = None;
+        self.nic.port().shut_down();
+    }
+}
+
+/// The network namespace of a NIC's peer. It goes when this is dropped.
+struct Peer {
+    name: String,
+    index: usize,
+}
+
+fn ip(args: &[&str]) -> Result<(), String> {
+    let output = Command::new("ip")
+        .args(args)
+        .output()
+        .map_err(|error| format!("ip: {error} (install the package iproute2)"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let reason = String::from_utf8_lossy(&output.stderr);
+    Err(format!("ip {}: {}", args.join(" "), reason.trim()))
+}
+
+impl Peer {
+    fn new(index: usize) -> Result<Self, String> {
+        let peer = Self {
+            name: format!("hvlab{index}"),
+            index,
+        };
+        // One that a killed lab has left behind; there usually is none.
+        let _ = ip(&["netns", "delete", &peer.name]);
+        ip(&["netns", "add", &peer.name])?;
+        Ok(peer)
+    }
+
+    fn path(&self) -> PathBuf {
+        PathBuf::from("/run/netns").join(&self.name)
+    }
+
+    /// Gives the tap its addresses.
+    fn bring_up(&self) -> Result<(), String> {
+        let name = self.name.as_str();
+        let v4 = format!("10.0.{}.1/24", self.index);
+        let v6 = format!("fd00:{}::1/64", self.index);
+        for args in [
+            &["-n", name, "link", "set", "lo", "up"][..],
+            &["-n", name, "link", "set", TAP, "up"],
+            &["-n", name, "addr", "add", &v4, "dev", TAP],
+            &["-n", name, "addr", "add", &v6, "dev", TAP, "nodad"],
+        ] {
+            ip(args)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // It may have been deleted by hand.
+        let _ = ip(&["netns", "delete", &self.name]);
+    }
+}

@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The part of the command line that describes the host.
+
+use std::str::FromStr;
+
+use clap::Args;
+use hyperv_wire::{nvsp, vpci::ProtocolVersion};
+use vmbus_host::{Config, Guid, Version};
+
+/// The host's part of the command line.
+#[derive(Debug, Clone, Args)]
+pub struct HostArgs {
+    /// A NIC: KEY=VALUE,… of mac, instance, serial, index, channels, vf=mana|later|none, bus, queues; or `none`
+    ///
+    /// `mac`: address; `instance`: GUID, made of the address if not given; `serial`: pairs the NIC with its VF; `index`:
+    /// its peer is in the network namespace hvlab<index>; `channels`: most channels; `vf`: whether it has a VF at
+    /// boot; `bus`: instance GUID of the VF's bus, whose third word becomes the PCI domain; `queues`: of the VF.
+    /// Repeat the option for more NICs. Without it there is one NIC with a VF.
+    #[arg(long = "nic", value_name = "SPEC")]
+    nics: Vec<NicOption>,
+    /// Newest version of the VMBus protocol that the host takes
+    #[arg(long, default_value = "6.0", value_name = "VERSION", value_parser = vmbus_version)]
+    vmbus_version: Version,
+    /// Newest version of NVSP that the host takes
+    #[arg(long, default_value = "6.1", value_name = "VERSION", value_parser = nvsp_version)]
+    nvsp_version: nvsp::Version,
+    /// Newest version of the virtual PCI protocol that the host takes
+    #[arg(long, default_value = "1.4", value_name = "VERSION", value_parser = vpci_version)]
+    vpci_version: ProtocolVersion,
+}
+
+/// What `--nic` may be.
+#[derive(Debug, Clone)]
+enum NicOption {
+    None,
+    Nic { text: String, spec: Spec },
+}
+
+/// A NIC as the command line describes it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Spec {
+    /// Address.
+    pub mac: Option<[u8; 6]>,
+    /// Instance GUID.
+    pub instance: Option<Guid>,
+    /// Pairs NIC and VF.
+    pub serial: Option<u32>,
+    /// Number of the peer's network namespace.
+    pub index: Option<usize>,
+    /// Most channels.
+    pub channels: Option<u16>,
+    /// Instance GUID of the VF's bus.
+    pub bus: Option<Guid>,
+    /// Queues of the VF.
+    pub queues: Option<u16>,
+    /// Whether there is a VF at boot.
+    pub vf: Vf,
+}
+
+/// Whether a NIC has a VF at boot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Vf {
+    /// Not yet.
+    #[default]
+    Later,
+    /// A MANA VF.
+    Mana,
+}
+
+/// A MAC address in the usual form.
+pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split([':', '-']);
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    // Bit 0 of the first byte makes a group address.
+    (parts.next().is_none() && mac[0] & 1 == 0).then_some(mac)
+}
+
+fn number<T: FromStr>(text: &str, range: std::ops::RangeInclusive<T>) -> Option<T>
+where
+    T: PartialOrd,
+{
+    text.parse().ok().filter(|number| range.contains(number))
+}
+
+impl FromStr for NicOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self::None);
+        }
+        let mut spec = Spec::default();
+        for pair in text.split(',').filter(|pair| !pair.is_empty()) {
+            let (key, value) = pair
+                .split_once('=')
+                .ok_or_else(|| format!("{pair:?} is not KEY=VALUE"))?;
+            let taken = match key {
+                "mac" => parse_mac(value).map(|mac| spec.mac = Some(mac)),
+                "instance" => Guid::parse(value)
+                    .ok()
+                    .map(|guid| spec.instance = Some(guid)),
+                "serial" => number(value, 1..=u32::MAX).map(|serial| spec.serial = Some(serial)),
+                "index" => number(value, 0..=255).map(|index| spec.index = Some(index)),
+                "channels" => number(value, 1..=64).map(|channels| spec.channels = Some(channels)),
+                "bus" => Guid::parse(value).ok().map(|guid| spec.bus = Some(guid)),
+                "queues" => number(value, 1..=64).map(|queues| spec.queues = Some(queues)),
+                "vf" => match value {
+                    "mana" => Some(spec.vf = Vf::Mana),
+                    "later" | "none" => Some(spec.vf = Vf::Later),
+                    _ => None,
+                },
+                _ => return Err(format!("{key:?} is no property of a NIC")),
+            };
+            taken.ok_or_else(|| format!("{value:?} is no {key}"))?;
+        }
+        Ok(Self::Nic {
+            text: text.to_owned(),
+            spec,
+        })
+    }
+}
+
+/// A version among the known ones, by its usual name.
+fn version<T: Copy>(text: &str, known: &[(String, T)]) -> Result<T, String> {
+    let names = || {
+        known
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    // 5 and 5.0 are the same.
+    let full = |name: &str| match name.contains('.') {
+        true => name.to_owned(),
+        false => format!("{name}.0"),
+    };
+    known
+        .iter()
+        .find(|(name, _)| full(name) == full(text))
+        .map(|&(_, version)| version)
+        .ok_or_else(|| format!("known versions are {}", names()))
+}
+
+fn vmbus_version(text: &str) -> Result<Version, String> {
+    version(
+        text,
+        &Version::ALL.map(|version| (version.to_string(), version)),
+    )
+}
+
+fn nvsp_version(text: &str) -> Result<nvsp::Version, String> {
+    version(
+        text,
+        &nvsp::Version::ALL.map(|version| (nvsp_name(version), version)),
+    )
+}
+
+fn vpci_version(text: &str) -> Result<ProtocolVersion, String> {
+    version(
+        text,
+        &ProtocolVersion::ALL.map(|version| (vpci_name(version), version)),
+    )
+}
+
+/// Usual name of an NVSP version, always with a dot.
+pub fn nvsp_name(version: nvsp::Version) -> String {
+    match version.name() {
+        Some(name) if name.contains('.') => name.to_owned(),
+        Some(name) => format!("{name}.0"),
+        None => format!("{:#x}", version.0),
+    }
+}
+
+/// Usual name of a virtual PCI protocol version.
+pub fn vpci_name(version: ProtocolVersion) -> String {
+    format!("{}.{}", version.0 >> 16, version.0 & 0xffff)
+}
+
+impl HostArgs {
+    /// The NICs, in the order in which they are offered.
+    pub fn nics(&self) -> Vec<Spec> {
+        if self.nics.is_empty() {
+            return vec![Spec {
+                vf: Vf::Mana,
+                ..Spec::default()
+            }];
+        }
+        self.nics
+            .iter()
+            .filter_map(|nic| match nic {
+                NicOption::None => None,
+                NicOption::Nic { spec, .. } => Some(spec.clone()),
+            })
+            .collect()
+    }
+
+    /// How the bus behaves.
+    pub fn vmbus_config(&self) -> Config {
+        Config {
+            max_version: self.vmbus_version,
+            ..Config::default()
+        }
+    }
+
+    /// Newest NVSP version.
+    pub fn nvsp_version(&self) -> nvsp::Version {
+        self.nvsp_version
+    }
+
+    /// Newest virtual PCI protocol version.
+    pub fn vpci_version(&self) -> ProtocolVersion {
+        self.vpci_version
+    }
+
+    /// The same as command line arguments.
+    pub fn to_args(&self) -> Vec<String> {
+        let nics = self.nics.iter().map(|nic| match nic {
+            NicOption::None => "none",
+            NicOption::Nic { text, .. } => text,
+        });
+        let mut args: Vec<String> = nics.map(|text| format!("--nic={text}")).collect();
+        args.push(format!("--vmbus-version={}", self.vmbus_version));
+        args.push(format!("--nvsp-version={}", nvsp_name(self.nvsp_version)));
+        args.push(format!("--vpci-version={}", vpci_name(self.vpci_version)));
+        args
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        host: HostArgs,
+    }
+
+    fn parse(args: &[&str]) -> Result<HostArgs, String> {
+        Cli::try_parse_from(std::iter::once(&"hvlab").chain(args))
+            .map(|cli| cli.host)
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn nics_are_parsed() {
+        let args = parse(&[
+            "--nic=mac=60:45:bd:e9:60:a3,serial=7,vf=mana,bus=e9ac9b28-cf63-4466-9ae3-4b849c3ee03b",
+            "--nic=",
+            "--nic=index=3,channels=4,queues=2,vf=later",
+            "--nic=none",
+        ])
+        .unwrap();
+        let nics = args.nics();
+        assert_eq!(nics.len(), 3);
+        assert_eq!(nics[0].mac, Some([0x60, 0x45, 0xbd, 0xe9, 0x60, 0xa3]));
+        assert_eq!((nics[0].serial, nics[0].vf), (Some(7), Vf::Mana));
+        assert_eq!(nics[0].bus.unwrap().to_bytes()[4..6], [0x63, 0xcf]);
+        assert_eq!(nics[1], Spec::default());
+        assert_eq!(
+            (nics[2].index, nics[2].channels, nics[2].queues),
+            (Some(3), Some(4), Some(2))
+        );
+
+        let again = args.to_args();
+        let again: Vec<&str> = again.iter().map(String::as_str).collect();
+        assert_eq!(parse(&again).unwrap().nics(), nics);
+
+        assert!(parse(&["--nic=none"]).unwrap().nics().is_empty());
+        assert_eq!(parse(&[]).unwrap().nics().len(), 1);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for nic in [
+            "mac",
+            "mac=60:45:bd:e9:60",
+            "mac=60:45:bd:e9:60:a3:00",
+            "mac=61:45:bd:e9:60:a3",
+            "mac=6:45:bd:e9:60:a3",
+            "serial=0",
+            "serial=-1",
+            "index=256",
+            "channels=0",
+            "queues=65",
+            "vf=mlx5",
+            "bus=1",
+            "speed=1",
+        ] {
+            assert!(parse(&[&format!("--nic={nic}")]).is_err(), "{nic}");
+        }
+        for version in [
+            "--vmbus-version=1.1",
+            "--nvsp-version=3",
+            "--vpci-version=1.5",
+        ] {
+            assert!(parse(&[version]).is_err(), "{version}");
+        }
+    }
+
+    #[test]
+    fn versions_have_their_usual_names() {
+        for (name, version) in [
+            ("6.0", Version::V6_0),
+            ("4.1", Version::V4_1),
+            ("4", Version::V4_0),
+        ] {
+            let args = parse(&["--vmbus-version", name]).unwrap();
+            assert_eq!(args.vmbus_config().max_version, version);
+        }
+        for (name, version) in [
+            ("6.1", nvsp::Version::V61),
+            ("5.0", nvsp::Version::V5),
+            ("1", nvsp::Version::V1),
+        ] {
+            let args = parse(&["--nvsp-version", name]).unwrap();
+            assert_eq!(args.nvsp_version(), version);
+        }
+        let args = parse(&["--vpci-version", "1.2"]).unwrap();
+        assert_eq!(args.vpci_version(), ProtocolVersion::V1_2);
+    }
+}
