@@ -77,7 +77,7 @@ mod aml {
                 .find(|extra| len + extra + 1 < 1 << (4 + 8 * extra))
                 .expect("no DSDT of ours is that long");
             let total = len + extra + 1;
-            out.push((extra << 6 | total & 0xf) as u8);
+            out.push(((extra << 6) | total & 0xf) as u8);
             out.extend((0..extra).map(|i| (total >> (4 + 8 * i)) as u8));
         }
         out.extend(body);
@@ -203,7 +203,10 @@ fn dsdt(config: &Config) -> Vec<u8> {
     .concat();
     let body = [
         aml::scope(b"\\_SB_", &aml::device(b"VMOD", &module)),
-        aml::name(b"_S5_", &aml::package(&[SLEEP_TYPE_OFF, SLEEP_TYPE_OFF, 0, 0])),
+        aml::name(
+            b"_S5_",
+            &aml::package(&[SLEEP_TYPE_OFF, SLEEP_TYPE_OFF, 0, 0]),
+        ),
     ]
     .concat();
     table(b"DSDT", 2, &body)
@@ -239,11 +242,11 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     // Century byte of the CMOS clock.
     put(108, &[0x32]);
     // IAPC_BOOT_ARCH: legacy devices, no VGA.
-    put(109, &(1u16 | 1 << 2).to_le_bytes());
+    put(109, &(1u16 | (1 << 2)).to_le_bytes());
     // WBINVD works, C1 works, sleep and power buttons are control methods, RTC wakes nothing, reset register works.
     put(
         112,
-        &(1u32 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 10).to_le_bytes(),
+        &(1u32 | (1 << 2) | (1 << 4) | (1 << 5) | (1 << 6) | (1 << 10)).to_le_bytes(),
     );
     put(116, &io(layout::RESET, 8));
     put(128, &[layout::RESET_VALUE]);

@@ -203,14 +203,14 @@ pub fn load(
 fn gdt_entry(segment: &kvm_segment) -> u64 {
     let limit = u64::from(segment.limit) >> 12;
     let access = u64::from(segment.type_)
-        | u64::from(segment.s) << 4
-        | u64::from(segment.dpl) << 5
-        | u64::from(segment.present) << 7;
+        | (u64::from(segment.s) << 4)
+        | (u64::from(segment.dpl) << 5)
+        | (u64::from(segment.present) << 7);
     let flags = u64::from(segment.avl)
-        | u64::from(segment.l) << 1
-        | u64::from(segment.db) << 2
-        | u64::from(segment.g) << 3;
-    limit & 0xffff | access << 40 | (limit >> 16 & 0xf) << 48 | flags << 52
+        | (u64::from(segment.l) << 1)
+        | (u64::from(segment.db) << 2)
+        | (u64::from(segment.g) << 3);
+    limit & 0xffff | (access << 40) | (((limit >> 16) & 0xf) << 48) | (flags << 52)
 }
 
 /// Writes GDT and page tables and sets the special registers for 64-bit mode.
@@ -243,7 +243,14 @@ pub fn long_mode(memory: &GuestMemoryMmap, sregs: &mut kvm_sregs) -> Result<(), 
         limit: 0x67,
         ..Default::default()
     };
-    let gdt = [0, 0, gdt_entry(&code), gdt_entry(&data), gdt_entry(&task), 0];
+    let gdt = [
+        0,
+        0,
+        gdt_entry(&code),
+        gdt_entry(&data),
+        gdt_entry(&task),
+        0,
+    ];
     for (index, entry) in (0u64..).zip(gdt) {
         memory.write_obj(entry, GuestAddress(layout::GDT + index * 8))?;
     }
@@ -274,7 +281,7 @@ pub fn long_mode(memory: &GuestMemoryMmap, sregs: &mut kvm_sregs) -> Result<(), 
             GuestAddress(layout::PDPT + gib * 8),
         )?;
         for entry in 0..512 {
-            let address = gib << 30 | entry << 21;
+            let address = (gib << 30) | (entry << 21);
             memory.write_obj(
                 address | PRESENT_WRITABLE | LARGE,
                 GuestAddress(directory + entry * 8),
@@ -284,7 +291,7 @@ pub fn long_mode(memory: &GuestMemoryMmap, sregs: &mut kvm_sregs) -> Result<(), 
     const CR0_PE: u64 = 1;
     const CR0_PG: u64 = 1 << 31;
     const CR4_PAE: u64 = 1 << 5;
-    const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
+    const EFER_LME_LMA: u64 = (1 << 8) | (1 << 10);
     sregs.cr3 = layout::PML4;
     sregs.cr4 |= CR4_PAE;
     sregs.cr0 |= CR0_PE | CR0_PG;

@@ -116,11 +116,9 @@ mod tests {
     fn registers() {
         // 2026-11-21 01:35:09, a Saturday.
         let now = 20778 * 86400 + 3600 + 35 * 60 + 9;
-        let read: Vec<u8> = [
-            CENTURY, YEAR, MONTH, DAY, WEEKDAY, HOURS, MINUTES, SECONDS,
-        ]
-        .map(|index| register(index, now))
-        .to_vec();
+        let read: Vec<u8> = [CENTURY, YEAR, MONTH, DAY, WEEKDAY, HOURS, MINUTES, SECONDS]
+            .map(|index| register(index, now))
+            .to_vec();
         assert_eq!(read, [0x20, 0x26, 0x11, 0x21, 0x07, 0x01, 0x35, 0x09]);
         assert_eq!(register(STATUS_A, now) & 0x80, 0);
     }

@@ -82,10 +82,7 @@ fn hyperv(invariant_tsc: bool) -> Vec<kvm_cpuid_entry2> {
     }
     vec![
         entry(HYPERVISOR_BASE, [HYPERVISOR_BASE + 6, ebx, ecx, edx]),
-        entry(
-            HYPERVISOR_BASE + 1,
-            [u32::from_le_bytes(*b"Hv#1"), 0, 0, 0],
-        ),
+        entry(HYPERVISOR_BASE + 1, [u32::from_le_bytes(*b"Hv#1"), 0, 0, 0]),
         // Build 20348 of version 10.0.
         entry(HYPERVISOR_BASE + 2, [20348, 10 << 16, 0, 0]),
         entry(
@@ -125,7 +122,7 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, config: Config, id: u32) {
                 if config.tsc_deadline {
                     entry.ecx |= FEATURES_ECX_TSC_DEADLINE;
                 }
-                entry.ebx = entry.ebx & 0xffff | id << 24 | (1 << shift) << 16;
+                entry.ebx = entry.ebx & 0xffff | (id << 24) | ((1 << shift) << 16);
                 if config.cpus > 1 {
                     entry.edx |= FEATURES_EDX_HTT;
                 } else {
@@ -134,17 +131,17 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, config: Config, id: u32) {
             }
             // Intel's caches: cores in the package; caches below the last level are a core's own.
             4 if entry.eax & 0x1f != 0 => {
-                let level = entry.eax >> 5 & 7;
+                let level = (entry.eax >> 5) & 7;
                 let sharing = if level < 3 { 0 } else { (1 << shift) - 1 };
-                entry.eax = entry.eax & 0x3fff | sharing << 14 | ((1 << shift) - 1) << 26;
+                entry.eax = entry.eax & 0x3fff | (sharing << 14) | (((1 << shift) - 1) << 26);
             }
             // AMD's count of cores and width of the core id.
-            0x8000_0008 => entry.ecx = (config.cpus - 1) | shift << 12,
+            0x8000_0008 => entry.ecx = (config.cpus - 1) | (shift << 12),
             // AMD's caches, the same way as Intel's.
             0x8000_001d if entry.eax & 0x1f != 0 => {
-                let level = entry.eax >> 5 & 7;
+                let level = (entry.eax >> 5) & 7;
                 let sharing = if level < 3 { 0 } else { (1 << shift) - 1 };
-                entry.eax = entry.eax & 0x3fff | sharing << 14;
+                entry.eax = entry.eax & 0x3fff | (sharing << 14);
             }
             0x8000_001e => {
                 entry.eax = id;
@@ -181,7 +178,11 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, config: Config, id: u32) {
 }
 
 /// CPUID of the virtual processor `id`, made of what KVM supports.
-pub fn build(supported: &CpuId, config: Config, id: u32) -> Result<CpuId, vmm_sys_util::fam::Error> {
+pub fn build(
+    supported: &CpuId,
+    config: Config,
+    id: u32,
+) -> Result<CpuId, vmm_sys_util::fam::Error> {
     let mut entries = supported.as_slice().to_vec();
     adapt(&mut entries, config, id);
     CpuId::from_entries(&entries)
@@ -227,12 +228,18 @@ mod tests {
         let entries = adapted(1, 0);
         let [eax, ebx, ecx, edx] = leaf(&entries, 0x4000_0000, 0);
         assert_eq!(eax, 0x4000_0006);
-        let vendor: Vec<u8> = [ebx, ecx, edx].iter().flat_map(|r| r.to_le_bytes()).collect();
+        let vendor: Vec<u8> = [ebx, ecx, edx]
+            .iter()
+            .flat_map(|r| r.to_le_bytes())
+            .collect();
         assert_eq!(vendor, b"Microsoft Hv");
         assert_eq!(leaf(&entries, 0x4000_0001, 0)[0].to_le_bytes(), *b"Hv#1");
         assert!(leaf(&entries, 1, 0)[2] & FEATURES_ECX_HYPERVISOR != 0);
         let [eax, ebx, ..] = leaf(&entries, 0x4000_0003, 0);
-        assert_eq!(eax & (HYPERCALL_MSRS | VP_INDEX | SYNIC), HYPERCALL_MSRS | VP_INDEX | SYNIC);
+        assert_eq!(
+            eax & (HYPERCALL_MSRS | VP_INDEX | SYNIC),
+            HYPERCALL_MSRS | VP_INDEX | SYNIC
+        );
         assert_eq!(ebx, 0x30);
     }
 
@@ -255,11 +262,14 @@ mod tests {
         for (cpus, id, shift) in [(1, 0, 0), (2, 1, 1), (3, 2, 2), (8, 7, 3)] {
             let entries = adapted(cpus, id);
             let [_, ebx, _, edx] = leaf(&entries, 1, 0);
-            assert_eq!((ebx >> 24, ebx >> 16 & 0xff), (id, 1 << shift));
+            assert_eq!((ebx >> 24, (ebx >> 16) & 0xff), (id, 1 << shift));
             assert_eq!(ebx & 0xffff, 0x0800);
             assert_eq!(edx & FEATURES_EDX_HTT != 0, cpus > 1);
             assert_eq!(leaf(&entries, 0xb, 1), [shift, cpus, 0x201, id]);
-            assert_eq!(leaf(&entries, 0x8000_0008, 0)[2], cpus - 1 | shift << 12);
+            assert_eq!(
+                leaf(&entries, 0x8000_0008, 0)[2],
+                (cpus - 1) | (shift << 12)
+            );
         }
     }
 }

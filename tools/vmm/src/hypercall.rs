@@ -108,11 +108,7 @@ fn le32(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(word)
 }
 
-fn post_message(
-    registers: Registers,
-    memory: &GuestMemoryMmap,
-    handler: &dyn Hypercalls,
-) -> u16 {
+fn post_message(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hypercalls) -> u16 {
     if registers.fast() || registers.variable_header() != 0 {
         return STATUS_INVALID_INPUT;
     }
@@ -147,11 +143,7 @@ fn post_message(
     )
 }
 
-fn signal_event(
-    registers: Registers,
-    memory: &GuestMemoryMmap,
-    handler: &dyn Hypercalls,
-) -> u16 {
+fn signal_event(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hypercalls) -> u16 {
     if registers.variable_header() != 0 {
         return STATUS_INVALID_INPUT;
     }
@@ -295,7 +287,7 @@ mod tests {
     fn retarget_variable_header() {
         let memory = memory();
         for words in [0u64, 1, 2, 64] {
-            let (rax, calls) = run(0x7e | words << 17, 0x1000, &memory);
+            let (rax, calls) = run(0x7e | (words << 17), 0x1000, &memory);
             assert_eq!(rax, 0);
             assert_eq!(
                 calls,
@@ -303,7 +295,7 @@ mod tests {
             );
         }
         // The longest header the field can express does not fit into a page.
-        assert_eq!(run(0x7e | 0x3ff << 17, 0x1000, &memory).0, 3);
+        assert_eq!(run(0x7e | (0x3ff << 17), 0x1000, &memory).0, 3);
     }
 
     #[test]
@@ -311,7 +303,7 @@ mod tests {
         let memory = memory();
         assert_eq!(run(0x13, 0x1000, &memory).0, 2);
         assert_eq!(run(0x8001, 0x1000, &memory).0, 2);
-        assert_eq!(run(0x5c | 1 << 16, 0x1000, &memory).0, 3);
-        assert_eq!(run(0x5c | 1 << 32, 0x1000, &memory).0, 3);
+        assert_eq!(run(0x5c | (1 << 16), 0x1000, &memory).0, 3);
+        assert_eq!(run(0x5c | (1 << 32), 0x1000, &memory).0, 3);
     }
 }

@@ -26,8 +26,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use kvm_bindings::{
-    kvm_enable_cap, kvm_msi, kvm_pit_config, kvm_userspace_memory_region, KVM_CAP_X86_USER_SPACE_MSR,
-    KVM_MAX_CPUID_ENTRIES, KVM_MSR_EXIT_REASON_FILTER, KVM_PIT_SPEAKER_DUMMY,
+    kvm_enable_cap, kvm_msi, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES, KVM_MSR_EXIT_REASON_FILTER,
+    KVM_PIT_SPEAKER_DUMMY,
 };
 use kvm_ioctls::{
     Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd,
@@ -354,7 +355,11 @@ impl Vm {
         let stop = &self.machine.stop;
         let threads = &mut self.threads;
         let thread = || VmError::io("starting a thread");
-        threads.push(self.console.write_to("console-out", output).map_err(thread())?);
+        threads.push(
+            self.console
+                .write_to("console-out", output)
+                .map_err(thread())?,
+        );
         if let Some(input) = input {
             // Not joined: a read of a terminal may not end.
             self.console
@@ -441,11 +446,11 @@ fn create_vm(kvm_fd: &Kvm, memory: &GuestMemoryMmap) -> Result<VmFd, VmError> {
             userspace_addr: region.as_ptr() as u64,
             flags: 0,
         };
+        #[expect(unsafe_code)]
         // SAFETY: the mapping is owned by `memory`, of which the machine keeps a clone next to the VM's file
         // descriptor and whose other clones only keep it longer; each region has a slot of its own.
-        #[expect(unsafe_code)]
-        unsafe { vm.set_user_memory_region(region) }
-            .map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
+        let added = unsafe { vm.set_user_memory_region(region) };
+        added.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
     }
     vm.set_tss_address(layout::TSS as usize)
         .map_err(kvm("KVM_SET_TSS_ADDR"))?;

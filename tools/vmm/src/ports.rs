@@ -82,7 +82,7 @@ impl Ports {
             layout::RESET if data[0] == layout::RESET_VALUE => return Some(ExitReason::Reset),
             layout::PM1A_CONTROL if data.len() == 2 => {
                 let value = u16::from_le_bytes([data[0], data[1]]);
-                let sleep_type = (value >> 10 & 7) as u8;
+                let sleep_type = ((value >> 10) & 7) as u8;
                 if value & SLEEP_ENABLE != 0 && sleep_type == SLEEP_TYPE_OFF {
                     return Some(ExitReason::PowerOff);
                 }

@@ -143,11 +143,8 @@ impl Port {
     pub fn new(vm: Arc<VmFd>, line: u32) -> Self {
         let room = Arc::new(Room::default());
         let output = Arc::new(Output::default());
-        let serial = Serial::with_events(
-            IrqLine { vm, line },
-            room.clone(),
-            Sender(output.clone()),
-        );
+        let serial =
+            Serial::with_events(IrqLine { vm, line }, room.clone(), Sender(output.clone()));
         Self {
             serial: Mutex::new(serial),
             room,
@@ -194,7 +191,11 @@ impl Port {
     }
 
     /// Sends the output to `sink`.
-    pub fn write_to(&self, name: &str, mut sink: Box<dyn Write + Send>) -> io::Result<JoinHandle<()>> {
+    pub fn write_to(
+        &self,
+        name: &str,
+        mut sink: Box<dyn Write + Send>,
+    ) -> io::Result<JoinHandle<()>> {
         let output = self.output.clone();
         thread::Builder::new().name(name.into()).spawn(move || {
             while let Some((bytes, _)) = output.take(false) {
@@ -205,7 +206,12 @@ impl Port {
     }
 
     /// Takes the input from `source`.
-    pub fn read_from<S>(self: &Arc<Self>, name: &str, mut source: S, stop: Arc<Stop>) -> io::Result<JoinHandle<()>>
+    pub fn read_from<S>(
+        self: &Arc<Self>,
+        name: &str,
+        mut source: S,
+        stop: Arc<Stop>,
+    ) -> io::Result<JoinHandle<()>>
     where
         S: Read + AsRawFd + Send + 'static,
     {
@@ -235,27 +241,31 @@ impl Port {
         stop: Arc<Stop>,
     ) -> io::Result<Vec<JoinHandle<()>>> {
         let output = self.output.clone();
-        let writer = thread::Builder::new().name(format!("{name}-out")).spawn(move || {
-            while let Some((bytes, client)) = output.take(true) {
-                if let Some(mut client) = client {
-                    if client.write_all(&bytes).is_err() {
-                        output.set_client(None);
+        let writer = thread::Builder::new()
+            .name(format!("{name}-out"))
+            .spawn(move || {
+                while let Some((bytes, client)) = output.take(true) {
+                    if let Some(mut client) = client {
+                        if client.write_all(&bytes).is_err() {
+                            output.set_client(None);
+                        }
                     }
                 }
-            }
-        })?;
+            })?;
         let port = self.clone();
-        let reader = thread::Builder::new().name(format!("{name}-in")).spawn(move || {
-            while stop.wait_readable(listener.as_raw_fd()) {
-                let Ok((mut client, _)) = listener.accept() else {
-                    break;
-                };
-                let _ = client.set_write_timeout(Some(CLIENT_TIMEOUT));
-                port.output.set_client(client.try_clone().ok());
-                port.copy_in(&mut client, &stop);
-                port.output.set_client(None);
-            }
-        })?;
+        let reader = thread::Builder::new()
+            .name(format!("{name}-in"))
+            .spawn(move || {
+                while stop.wait_readable(listener.as_raw_fd()) {
+                    let Ok((mut client, _)) = listener.accept() else {
+                        break;
+                    };
+                    let _ = client.set_write_timeout(Some(CLIENT_TIMEOUT));
+                    port.output.set_client(client.try_clone().ok());
+                    port.copy_in(&mut client, &stop);
+                    port.output.set_client(None);
+                }
+            })?;
         Ok(vec![writer, reader])
     }
 }

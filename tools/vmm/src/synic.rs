@@ -111,7 +111,9 @@ impl Synic {
             return;
         };
         processor.event_page.store(event_page, Ordering::Release);
-        processor.message_page.store(message_page, Ordering::Release);
+        processor
+            .message_page
+            .store(message_page, Ordering::Release);
         processor.control.store(control, Ordering::Release);
         self.end_of_message(vp);
     }
@@ -170,9 +172,7 @@ impl Synic {
         message: &Message,
         more: bool,
     ) -> Result<bool, vm_memory::GuestMemoryError> {
-        let volatile = self
-            .memory
-            .get_slice(GuestAddress(slot), SLOT as usize)?;
+        let volatile = self.memory.get_slice(GuestAddress(slot), SLOT as usize)?;
         let slot_type = volatile.get_atomic_ref::<AtomicU32>(0)?;
         let flags = volatile.get_atomic_ref::<AtomicU8>(5)?;
         if slot_type.load(Ordering::Acquire) != MESSAGE_NONE {

@@ -146,12 +146,10 @@ fn handle(guest: &Guest, exit: VcpuExit<'_>) -> Next {
         VcpuExit::MmioWrite(address, data) => {
             guest.machine.mmio.write(address, data);
         }
-        VcpuExit::X86Rdmsr(exit) => {
-            match guest.hypercall_msrs.lock().unwrap().read(exit.index) {
-                Some(value) => *exit.data = value,
-                None => *exit.error = 1,
-            }
-        }
+        VcpuExit::X86Rdmsr(exit) => match guest.hypercall_msrs.lock().unwrap().read(exit.index) {
+            Some(value) => *exit.data = value,
+            None => *exit.error = 1,
+        },
         VcpuExit::X86Wrmsr(exit) => {
             let page = guest
                 .hypercall_msrs
@@ -160,7 +158,12 @@ fn handle(guest: &Guest, exit: VcpuExit<'_>) -> Next {
                 .write(exit.index, exit.data);
             if let Some(page) = page {
                 let body = &hypercall::PAGE_BODY;
-                if guest.machine.memory.write_slice(body, GuestAddress(page)).is_err() {
+                if guest
+                    .machine
+                    .memory
+                    .write_slice(body, GuestAddress(page))
+                    .is_err()
+                {
                     // Like any other write of a bad value.
                     *exit.error = 1;
                 }
