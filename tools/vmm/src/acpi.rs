@@ -191,6 +191,8 @@ fn dsdt(config: &Config) -> Vec<u8> {
         aml::name_string(b"_HID", "VMBUS"),
         aml::name_byte(b"_UID", 0),
         aml::name_byte(b"_STA", 0x0f),
+        // The bus driver gives up its MMIO windows, silently, if this is missing.
+        aml::name(b"_CRS", &aml::resources(&[])),
     ]
     .concat();
     // The windows belong to a module device above the bus, as on Hyper-V.
