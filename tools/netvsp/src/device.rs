@@ -37,7 +37,7 @@ pub const CLASS: Guid = match Guid::parse("f8615163-df3e-46c5-913f-f2d2f965ed0e"
 };
 
 /// How long a frame waits for room before it is dropped.
-const ROOM_WAIT: Duration = Duration::from_millis(20);
+const ROOM_WAIT: Duration = Duration::from_millis(100);
 
 /// What the guest shall know, set by the host's user at any time.
 #[derive(Clone, Debug)]
