@@ -10,7 +10,7 @@ V		?= 0
 # Where the modules and the lab's programs end up.
 BUILD		:= $(CURDIR)/build
 
-export KDIR TOOLCHAIN
+export KDIR TOOLCHAIN HYPERV_RUST_CACHE HYPERV_RUST_MIRROR
 export HYPERV_RUST_KERNEL := $(KERNEL)
 
 .PHONY: all
@@ -34,7 +34,7 @@ demo: modules tools
 
 .PHONY: lab
 lab: modules tools
-	@scripts/lab.sh run $(ARGS)
+	@scripts/lab.sh lab $(ARGS)
 
 .PHONY: test check
 test check:
@@ -90,4 +90,4 @@ help:
 #h   V=1              show commands
 #h   ARGS=...         arguments for the lab (make lab ARGS=--help)
 #h   HYPERV_RUST_CACHE=FOLDER   instead of /var/cache/hyperv-rust
-#h   HYPERV_RUST_MIRROR=URL     a Debian mirror, instead of this machine's own
+#h   HYPERV_RUST_MIRROR=URL     a Debian mirror, instead of the one of this machine's apt

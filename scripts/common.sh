@@ -72,10 +72,12 @@ step() {
 	shift
 	log=$cache/log/$(tr -cs 'a-zA-Z0-9\n' '-' <<<"$title" | cut -c1-60)-$$.log
 	say "$title"
+	# In a process group of its own, so that all of it can be ended.
+	set -m
 	"$@" >"$log" 2>&1 9>&- </dev/null &
 	pid=$!
-	# Only this child; its own children end with the log's reader or by themselves.
-	trap 'kill $pid 2>/dev/null; exit 130' INT TERM
+	set +m
+	trap 'kill -- -$pid 2>/dev/null; wait $pid || :; exit 130' INT TERM
 	while kill -0 $pid 2>/dev/null; do
 		sleep 0.5
 		if ((SECONDS - start >= next)); then

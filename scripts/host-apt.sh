@@ -12,10 +12,6 @@
 
 out=$1
 
-# The mirror for users without an apt of Debian's own: any mirror of Debian will
-# do, and HYPERV_RUST_MIRROR names another.
-default_mirror=http://deb.debian.org/debian
-
 # The address of the first Debian archive (not security, not third parties').
 host_mirror() {
 	local uri list
@@ -39,7 +35,9 @@ mirror=${HYPERV_RUST_MIRROR:-}
 if [ -z "$mirror" ] && command -v apt-get >/dev/null; then
 	mirror=$(host_mirror)
 fi
-mirror=${mirror:-$default_mirror}
+[ -n "$mirror" ] ||
+	die "this machine's apt knows no mirror of Debian" \
+		"make HYPERV_RUST_MIRROR=URL with the URL of a Debian mirror"
 
 cat >"$out/sources.list.new" <<EOF
 deb $mirror trixie main

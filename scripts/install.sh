@@ -13,34 +13,76 @@
 base=${INSTALL_MOD_PATH:-}
 modules=(hv_netvsc.ko pci-hyperv.ko)
 release=${HYPERV_RUST_KERNEL:-$(uname -r)}
-updates=$base/lib/modules/$release/updates
 
-update_lists() {
-	local args=()
-	command -v depmod >/dev/null || die "depmod is missing" "apt-get install kmod"
-	[ -z "$base" ] || args=(-b "$base")
-	depmod "${args[@]}" "$release"
-	# hv_netvsc may be loaded by the initramfs, which has its own copy.
-	if [ -z "$base" ] && command -v update-initramfs >/dev/null && [ -e "/boot/initrd.img-$release" ]; then
-		update-initramfs -u -k "$release"
+# The kernel's lists of what is built in.  modprobe and udev load no module of a
+# name that is in there, and pci-hyperv is: it is taken out, and the package's
+# own file kept beside it.
+lists=(modules.builtin modules.builtin.modinfo)
+saved=.before-hyperv-rust
+# A VF, or on some machines the disk, is needed before the root file system is there.
+initramfs_conf=$base/usr/share/initramfs-tools/modules.d/hyperv-rust
+
+hide_builtin() {
+	local file
+	if grep -q '/pci-hyperv\.ko$' "$1/modules.builtin"; then
+		for file in "${lists[@]}"; do
+			cp -a "$1/$file" "$1/$file$saved"
+		done
+		grep -v '/pci-hyperv\.ko$' "$1/modules.builtin$saved" >"$1/modules.builtin"
+		# Its lines end with NUL.
+		grep -zav '^pci_hyperv\.' "$1/modules.builtin.modinfo$saved" >"$1/modules.builtin.modinfo"
+		say "took pci-hyperv out of $1/modules.builtin, for modprobe to load the module"
 	fi
 }
 
-if [ "$1" = --uninstall ]; then
-	[ "$(id -u)" -eq 0 ] || die "removing modules needs root" "sudo make uninstall"
-	found=no
-	for dir in "$base"/lib/modules/*/updates; do
+show_builtin() {
+	local file
+	for file in "${lists[@]}"; do
+		[ ! -e "$1/$file$saved" ] || mv "$1/$file$saved" "$1/$file"
+	done
+}
+
+update_lists() {
+	depmod ${base:+-b "$base"} "$1"
+	if [ -z "$base" ] && [ -e "/boot/initrd.img-$1" ] && command -v update-initramfs >/dev/null; then
+		say "updating the initramfs of $1"
+		update-initramfs -u -k "$1"
+	fi
+}
+
+need_permission() {
+	[ "$(id -u)" -eq 0 ] || die "$1 modules needs root" "sudo make $2"
+	command -v depmod >/dev/null || die "depmod is missing" "apt-get install kmod"
+}
+
+uninstall() {
+	local dir module found=no here
+	need_permission removing uninstall
+	rm -f "$initramfs_conf"
+	for dir in "$base"/lib/modules/*; do
+		here=no
 		for module in "${modules[@]}"; do
-			[ -e "$dir/$module" ] || continue
-			rm "$dir/$module"
-			say "removed $dir/$module"
-			release=$(basename "$(dirname "$dir")")
-			found=yes
+			[ -e "$dir/updates/$module" ] || continue
+			rm "$dir/updates/$module"
+			say "removed $dir/updates/$module"
+			here=yes found=yes
 		done
-		[ $found = no ] || update_lists
+		if [ $here = yes ]; then
+			show_builtin "$dir"
+			update_lists "$(basename "$dir")"
+		fi
 	done
 	[ $found = yes ] || say "nothing is installed"
-	say "the kernel's own drivers are back with the next boot; take initcall_blacklist=init_hv_pci_drv off its command line"
+	cat >&2 <<-EOF
+
+		The kernel's own drivers are used from the next boot on, if
+		    initcall_blacklist=init_hv_pci_drv
+		is no longer on the kernel's command line: take it off before you boot.
+	EOF
+}
+
+if [ "$1" = --uninstall ]; then
+	uninstall
 	exit
 fi
 
@@ -52,14 +94,20 @@ for module in "${modules[@]}"; do
 			"make KERNEL=$release, then make install" \
 			"or boot $built_for"
 done
-[ "$(id -u)" -eq 0 ] || die "installing modules needs root" "sudo make install"
-[ -d "$base/lib/modules/$release" ] || die "there is no $base/lib/modules/$release"
-mkdir -p "$updates"
+need_permission installing install
+folder=$base/lib/modules/$release
+[ -d "$folder" ] || die "there is no $folder" "install the image package of kernel $release"
+
+mkdir -p "$folder/updates"
 for module in "${modules[@]}"; do
-	install -m 644 "$1/$module" "$updates/$module"
-	say "installed $updates/$module"
+	install -m 644 "$1/$module" "$folder/updates/$module"
+	say "installed $folder/updates/$module"
 done
-update_lists
+hide_builtin "$folder"
+if [ -d "$(dirname "$initramfs_conf")" ]; then
+	echo pci_hyperv >"$initramfs_conf"
+fi
+update_lists "$release"
 cat >&2 <<EOF
 
 hv_netvsc is used from the next boot on.

@@ -16,7 +16,6 @@ prepare() {
 	(
 		with_lock image
 		"${run[@]}" env IMAGE_CACHE="$cache/image" KERNEL_IMAGE=/kernel/image \
-			MIRROR="$("${run[@]}" awk 'NR == 1 { print $2 }' /etc/apt/sources.list)" \
 			"$top/tools/image/make-image" 9>&- | tail -n 1
 	)
 }

@@ -70,13 +70,18 @@ mkdir "$work/bin"
 for dir in /usr/local/sbin /usr/local/bin /usr/sbin /usr/bin /sbin /bin; do
 	for file in "$dir"/*; do
 		case ${file##*/} in
-		mmdebstrap | apt-get) ;;
+		mmdebstrap | apt-get | apt-config) ;;
 		*) ln -sf "$file" "$work/bin/" ;;
 		esac
 	done
 done
 expect "missing tool" "mmdebstrap is missing" "install mmdebstrap" \
 	env PATH="$work/bin" HYPERV_RUST_CACHE="$work/cache" "$top/scripts/build-root.sh"
+
+printf '#!/bin/sh\n' >"$work/bin/mmdebstrap"
+chmod +x "$work/bin/mmdebstrap"
+expect "no mirror of Debian" "knows no mirror of Debian" "HYPERV_RUST_MIRROR" \
+	env PATH="$work/bin" HYPERV_RUST_MIRROR= HYPERV_RUST_CACHE="$work/cache" "$top/scripts/build-root.sh"
 
 mkdir "$work/built"
 printf 'vermagic=1.2.3-other SMP\0' | tee "$work/built/hv_netvsc.ko" >"$work/built/pci-hyperv.ko"
