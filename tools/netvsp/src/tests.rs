@@ -1428,9 +1428,24 @@ fn the_vf_is_announced_when_the_driver_is_ready() {
 
 #[test]
 fn a_driver_without_sriov_is_not_told_of_the_vf() {
-    let mut guest = Guest::new(|config| config.max_version = Version::V4);
+    for version in Version::ALL {
+        let mut guest = Guest::new(|config| config.max_version = version);
+        guest.nic.set_vf_association(Some(3));
+        guest.connect(1514);
+        guest.up();
+        if version >= Version::V4 {
+            assert_eq!(guest.association(), (1, 3));
+        } else {
+            guest.none(|guest| guest.inband.pop_front());
+        }
+    }
+    // Of version 5 on the driver says what it is capable of.
+    let mut guest = Guest::new(|_| ());
     guest.nic.set_vf_association(Some(3));
-    guest.connect(1514);
+    guest.open(0);
+    assert!(guest.init(Version::V61));
+    guest.buffers(1 << 20, 1 << 20);
+    guest.rndis_initialize();
     guest.up();
     guest.none(|guest| guest.inband.pop_front());
 }

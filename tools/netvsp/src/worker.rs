@@ -690,9 +690,12 @@ impl Worker {
     }
 
     fn association_differs(&self, session: &Session) -> bool {
-        session.version >= Version::V4
-            && session.capabilities.contains(Capabilities::SRIOV)
-            && lock(&self.shared.wanted).association != session.told.association
+        // Drivers say that they are capable of SR-IOV only from version 5 on.
+        let capable = match session.version {
+            Version::V4 => true,
+            version => version > Version::V4 && session.capabilities.contains(Capabilities::SRIOV),
+        };
+        capable && lock(&self.shared.wanted).association != session.told.association
     }
 
     /// Brings what the host wants told to the guest, as far as there is room.
