@@ -5,7 +5,7 @@
 KDIR		?=
 KERNEL		?=
 TOOLCHAIN	?=
-V		?= 0
+V		?=
 
 # Where the modules and the lab's programs end up.
 BUILD		:= $(CURDIR)/build
@@ -18,7 +18,7 @@ all: modules
 
 .PHONY: modules
 modules:
-	@scripts/build-modules.sh $(BUILD) V=$(V)
+	@scripts/build-modules.sh $(BUILD) $(if $(V),V=$(V))
 
 .PHONY: tools
 tools:

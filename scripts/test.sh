@@ -88,11 +88,11 @@ kernel_clippy() {
 	"$top/scripts/build-modules.sh" "$build/clippy" CLIPPY=1 KRUSTFLAGS=-Dwarnings
 }
 
-check "rustfmt: kernel code" "${in_root[@]}" rustfmt --check "${kernel_rust[@]}"
-check "rustfmt: host code" "${cargo[@]}" fmt "${manifest[@]}" --all --check
+check "rustfmt: kernel code" "${in_root[@]}" rustfmt --check --color never "${kernel_rust[@]}"
+check "rustfmt: host code" "${cargo[@]}" fmt "${manifest[@]}" --all --check -- --color never
 check "clippy: kernel code" kernel_clippy
 check "clippy: host code" "${cargo[@]}" clippy "${manifest[@]}" --workspace --all-targets --release -- -D warnings
-check "checkpatch" "${in_root[@]}" perl /kernel/scripts/checkpatch.pl --no-tree --quiet --terse --color=never \
+check "checkpatch" "${in_root[@]}" perl /kernel/scripts/checkpatch.pl --no-tree --quiet --no-summary --terse --color=never \
 	--ignore FILE_PATH_CHANGES,SPDX_LICENSE_TAG --file "${kernel_files[@]}"
 check "shellcheck" "${in_root[@]}" shellcheck -x -P SCRIPTDIR "${shell[@]}"
 if [ ${#rest[@]} -gt 0 ]; then
