@@ -7,7 +7,9 @@ mod options;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{mpsc, Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use lab_control::{Lab, LogPage, Server, Status, Target};
 use vmbus_host::{Counters, Direction, MessageLog, Platform, VmbusHost};
@@ -19,11 +21,20 @@ pub use options::HostArgs;
 
 /// Lines of the message log that are kept.
 const LOG_LINES: usize = 100_000;
+/// How often it is looked whether a VF can be offered now.
+const OFFER_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The VMBus with its devices, and who controls them.
 pub struct Host {
     devices: Arc<Devices>,
     server: Option<Server>,
+    offering: Option<Offering>,
+}
+
+/// The thread that offers VFs when their time has come.
+struct Offering {
+    thread: JoinHandle<()>,
+    stop: mpsc::Sender<()>,
 }
 
 /// All that the control socket reaches.
@@ -89,9 +100,25 @@ impl Host {
         for nic in &devices.nics {
             nic.start()?;
         }
+        let devices = Arc::new(devices);
+        let (stop, stopped) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name("vf-offers".into())
+            .spawn({
+                let devices = devices.clone();
+                move || {
+                    while stopped.recv_timeout(OFFER_INTERVAL)
+                        == Err(mpsc::RecvTimeoutError::Timeout)
+                    {
+                        devices.nics.iter().for_each(LabNic::offer_wanted_vf);
+                    }
+                }
+            })
+            .map_err(|error| error.to_string())?;
         Ok(Self {
-            devices: Arc::new(devices),
+            devices,
             server: None,
+            offering: Some(Offering { thread, stop }),
         })
     }
 
@@ -122,6 +149,11 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         self.server.take();
+        if let Some(Offering { thread, stop }) = self.offering.take() {
+            drop(stop);
+            // A panic there has been reported by the thread itself.
+            let _ = thread.join();
+        }
         // Channels are closed before what is behind them ends.
         self.devices.bus.shutdown();
         for nic in &self.devices.nics {

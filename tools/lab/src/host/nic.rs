@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use hyperv_wire::vpci::SlotNumber;
+use hyperv_wire::{nvsp, vpci::SlotNumber};
 use lab_control::{DataPath, NicStatus, VfStatus};
 use mana::{ManaVf, VfOptions};
 use netvsp::{Nic, SwitchPort, Uplink};
-use vmbus_host::{Counters, Guid, MessageLog, Platform, VmbusHost};
+use vmbus_host::{Counters, Direction, Guid, MessageLog, Platform, VmbusHost};
 use vmm::Machine;
 use vpci::{Bus, BusCounters, BusOptions, RetargetRouter, VpciDevice};
 
@@ -22,6 +23,10 @@ use super::Devices;
 const EJECT: Duration = Duration::from_secs(30);
 /// What a guest may take to release a rescinded device.
 const RELEASE: Duration = Duration::from_secs(30);
+/// What the driver of the synthetic device may take to be told of its VF.
+const TELL: Duration = Duration::from_secs(5);
+/// First version of NVSP in which a driver says that it can be told of a VF.
+const FIRST_WITH_ASSOCIATION: nvsp::Version = nvsp::Version::V5;
 /// Queues of a VF if nothing else is said.
 const VF_QUEUES: u16 = 16;
 /// Mbit/s that the VF says it has.
@@ -51,6 +56,8 @@ pub struct LabNic {
 struct VfState {
     /// The bus and what is on it, while it is offered.
     present: Option<Vf>,
+    /// The VF is to be offered as soon as the NIC's driver knows what it is for.
+    wanted: bool,
     /// Link of the VF, also of the next one.
     link_down: bool,
 }
@@ -167,9 +174,36 @@ impl LabNic {
     pub(super) fn start(&self) -> Result<(), String> {
         self.offer()?;
         if self.vf_at_boot {
-            self.add_vf()?;
+            self.want_vf();
         }
         Ok(())
+    }
+
+    fn want_vf(&self) {
+        // The association comes first: the guest's driver knows then what the new function is for.
+        self.set_association(true);
+        lock(&self.vf).wanted = true;
+    }
+
+    /// Offers a wanted VF if it is time. A host offers a VF only to a guest whose driver of the synthetic device has
+    /// connected and has been told of it.
+    pub(super) fn offer_wanted_vf(&self) {
+        if !lock(&self.vf).wanted {
+            return;
+        }
+        let status = self.nic.status();
+        // Older drivers cannot be told.
+        let untold = status
+            .version
+            .is_some_and(|version| version < FIRST_WITH_ASSOCIATION);
+        if status.association.is_none() && !untold {
+            return;
+        }
+        if let Err(error) = self.offer_vf() {
+            self.log
+                .record(Direction::Host, &self.bus.name, "NOT_OFFERED", error);
+            lock(&self.vf).wanted = false;
+        }
     }
 
     fn name(&self) -> &str {
@@ -214,14 +248,24 @@ impl LabNic {
         self.nic.set_vf_association(on.then_some(self.serial));
     }
 
-    /// Gives the NIC its VF.
+    /// Gives the NIC its VF, now or as soon as its driver is there.
     pub(super) fn add_vf(&self) -> Result<(), String> {
-        if lock(&self.vf).present.is_some() {
-            return Err(format!("{} has its VF", self.name()));
+        {
+            let vf = lock(&self.vf);
+            if vf.present.is_some() || vf.wanted {
+                return Err(format!("{} has its VF", self.name()));
+            }
         }
-        // The association comes first: the guest's driver knows then what the new function is for.
-        self.set_association(true);
-        self.offer_vf()
+        self.want_vf();
+        // Usually it takes a few milliseconds; without a driver it takes until there is one.
+        let deadline = Instant::now() + TELL;
+        while self.nic.status().version.is_some() && Instant::now() < deadline {
+            if !lock(&self.vf).wanted {
+                break;
+            }
+            thread::sleep(super::OFFER_INTERVAL);
+        }
+        Ok(())
     }
 
     /// Offers the bus with the VF.
@@ -252,11 +296,16 @@ impl LabNic {
             return Err(format!("{}: {error}", self.bus.name));
         }
         vf.present = Some(Vf { device, function });
+        vf.wanted = false;
         Ok(())
     }
 
     /// Takes the VF away as a host does that has time: the guest gives it up first.
     pub(super) fn remove_vf(&self) -> Result<(), String> {
+        if std::mem::take(&mut lock(&self.vf).wanted) {
+            self.set_association(false);
+            return Ok(());
+        }
         let device = self.present()?;
         // A guest without a driver for the bus, or a slow one, loses it anyway.
         device.eject(slot(), EJECT);
