@@ -17,6 +17,7 @@ use kernel::error::Error;
 mod device;
 mod ethtool;
 mod features;
+mod list;
 mod lower;
 mod napi;
 mod netdev;
@@ -39,7 +40,22 @@ pub fn eopnotsupp() -> Error {
     Error::from_errno(-(hyperv_bindings::EOPNOTSUPP as i32))
 }
 
+/// The error "protocol error", likewise.
+pub fn eproto() -> Error {
+    Error::from_errno(-(hyperv_bindings::EPROTO as i32))
+}
+
+/// Shows in the log what only `core` can display.
+pub struct Shown<T>(pub T);
+
+impl<T: core::fmt::Display> kernel::fmt::Display for Shown<T> {
+    fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
+        core::fmt::Display::fmt(&self.0, f)
+    }
+}
+
 pub use self::device::{
+    AddressLock,
     Device,
     DeviceRef,
     Driver,
@@ -63,6 +79,7 @@ pub use self::features::{
     Features,
     MessageLevel, //
 };
+pub use self::list::DeviceList;
 pub use self::lower::Joined;
 pub use self::napi::{
     Napi,
@@ -96,6 +113,7 @@ pub use self::rcu::{
 pub use self::rtnl::Rtnl;
 pub use self::skb::{
     Checksum,
+    Destination,
     FlowKeys,
     RxInfo,
     SkBuff, //

@@ -161,6 +161,11 @@ impl<P: Poll> Napi<P> {
         &self.shared
     }
 
+    /// The device.
+    pub fn device(&self) -> &Device<P::Driver> {
+        &self.dev
+    }
+
     /// Begins to poll, unless that is going on. May be called in an interrupt.
     pub fn schedule(&self) {
         // SAFETY: By the type invariants the structure is initialised.

@@ -126,6 +126,21 @@ impl NetDevice {
         unsafe { self.read(&raw const (*self.as_raw()).flags) }
     }
 
+    /// Whether all packets are wanted.
+    pub fn is_promiscuous(&self) -> bool {
+        self.flags() & bindings::net_device_flags_IFF_PROMISC != 0
+    }
+
+    /// Whether all multicast packets are wanted.
+    pub fn is_allmulti(&self) -> bool {
+        self.flags() & bindings::net_device_flags_IFF_ALLMULTI != 0
+    }
+
+    /// Whether the device does broadcasts.
+    pub fn is_broadcast(&self) -> bool {
+        self.flags() & bindings::net_device_flags_IFF_BROADCAST != 0
+    }
+
     /// Active features.
     pub fn features(&self) -> Features {
         // SAFETY: The field is in this device.

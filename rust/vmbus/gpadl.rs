@@ -159,6 +159,19 @@ impl SharedBytes<'_> {
         self.start
     }
 
+    /// `len` of the bytes from `start` on, or `ERANGE` if there are not so many.
+    pub fn part(&self, start: usize, len: usize) -> Result<Self> {
+        if start.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(ERANGE);
+        }
+        Ok(Self {
+            // SAFETY: `start` is within the bytes, or one behind.
+            start: unsafe { self.start.add(start) },
+            len,
+            _buffer: PhantomData,
+        })
+    }
+
     /// Copies all bytes to `to`, which must have the same length.
     pub fn copy_to(&self, to: &mut [u8]) -> Result {
         if to.len() != self.len {

@@ -92,6 +92,12 @@ pub fn exists() -> bool {
     unsafe { bindings::hv_vmbus_exists() }
 }
 
+/// Whether the memory of the virtual machine is hidden from the host.
+pub fn is_isolated() -> bool {
+    // SAFETY: No requirements.
+    unsafe { bindings::hv_is_isolation_supported() }
+}
+
 /// The negotiated version of the VMBus protocol, major number in the high half.
 pub fn protocol_version() -> u32 {
     // SAFETY: The variable is set once, before any device or driver can exist.

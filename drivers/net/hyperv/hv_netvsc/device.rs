@@ -1,0 +1,717 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The device: probing and removing, going up and down, and changes for which the connection to
+//! the host is made anew.
+//!
+//! Lock order: RTNL, then [`Netvsc::connection`] or [`Netvsc::rss`], then the locks of a connection.
+
+use core::pin::Pin;
+
+use hyperv_wire::{
+    ndis,
+    ndis::PacketFilter,
+    nvsp::{
+        Version,
+        SEND_TABLE_SIZE, //
+    },
+    Guid, //
+};
+use kernel::{
+    device::Core,
+    new_mutex,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        rcu,
+        Arc,
+        Mutex, //
+    },
+    time::Delta, //
+};
+use net::{
+    netdev_err,
+    netdev_warn,
+    rtnl,
+    AddressLock,
+    Device,
+    DeviceList,
+    Driver,
+    Features,
+    MessageLevel,
+    RcuSlot,
+    Registration,
+    Rtnl,
+    SkBuff,
+    TxQueue,
+    UnregisteredDevice,
+    WorkItem,
+    Xmit, //
+};
+
+use crate::{
+    config,
+    config::Config,
+    connection::{
+        Connection,
+        Shared, //
+    },
+    link,
+    link::Link,
+    offload,
+    rndis,
+    stats::{
+        self,
+        Statistics, //
+    },
+    subchannel,
+    tx,
+    vf,
+    vf::Bond, //
+};
+
+/// Class of synthetic network adapters.
+pub(crate) const CLASS: Guid = Guid::new(
+    0xf861_5163,
+    0xdf3e,
+    0x46c5,
+    [0x91, 0x3f, 0xf2, 0xd2, 0xf9, 0x65, 0xed, 0x0e],
+);
+
+/// Smallest MTU.
+const MTU_MIN: u32 = 68;
+/// Largest MTU of old hosts.
+const MTU_LEGACY: u32 = 1500;
+/// Largest frame.
+const FRAME_MAX: u32 = 65535;
+
+/// All devices of this driver.
+pub(crate) static DEVICES: DeviceList<Netvsc> = DeviceList::new();
+
+/// Numbers of the work items.
+pub(crate) mod work {
+    /// The link has changed.
+    pub(crate) const LINK: u64 = 0;
+    /// The VF is to be set up as a slave.
+    pub(crate) const TAKEOVER: u64 = 1;
+    /// The VF is to follow the device into its namespace.
+    pub(crate) const NAMESPACE: u64 = 2;
+    /// Subchannels are to be opened.
+    pub(crate) const SUBCHANNELS: u64 = 3;
+    /// The packet filter is to be set.
+    pub(crate) const RX_MODE: u64 = 4;
+}
+
+/// How received packets are spread over the channels.
+pub(crate) struct Rss {
+    /// The hash key.
+    pub(crate) key: [u8; ndis::HASH_KEY_SIZE],
+    /// The indirection table; empty if the host has none.
+    pub(crate) table: KVec<u16>,
+}
+
+/// The private data of a network device.
+#[pin_data]
+pub(crate) struct Netvsc {
+    // The work items come first: they are cancelled before anything else goes.
+    #[pin]
+    link_work: net::DelayedWork<Self, { work::LINK }>,
+    #[pin]
+    takeover_work: net::DelayedWork<Self, { work::TAKEOVER }>,
+    #[pin]
+    namespace_work: net::DelayedWork<Self, { work::NAMESPACE }>,
+    #[pin]
+    subchannel_work: net::DelayedWork<Self, { work::SUBCHANNELS }>,
+    #[pin]
+    rx_mode_work: net::DelayedWork<Self, { work::RX_MODE }>,
+
+    /// The device on the bus.
+    pub(crate) hv: ARef<vmbus::Device>,
+    /// The owner of the connection to the host, if there is one. Changes under the RTNL.
+    #[pin]
+    connection: Mutex<Option<Connection>>,
+    /// The connection, for those who use it.
+    pub(crate) shared: RcuSlot<Arc<Shared>>,
+    /// The VF.
+    #[pin]
+    pub(crate) bond: Bond,
+    /// The link.
+    #[pin]
+    pub(crate) link: Link,
+    /// Counters.
+    pub(crate) statistics: Statistics,
+    /// How received packets are spread.
+    #[pin]
+    pub(crate) rss: Mutex<Rss>,
+    /// The channel for each value of the hash to transmit; may be too large.
+    pub(crate) tx_table: [Atomic<u32>; SEND_TABLE_SIZE],
+    /// Checksums that the host computes, by [`tx::checksum_bit`].
+    pub(crate) tx_checksums: Atomic<u32>,
+    /// Protocols whose ports are hashed to transmit, by [`tx::checksum_bit`].
+    pub(crate) hashed_ports: Atomic<u32>,
+    /// What goes to the log.
+    pub(crate) message_level: Atomic<u32>,
+}
+
+net::impl_has_delayed_work! {
+    Netvsc.link_work: work::LINK,
+    Netvsc.takeover_work: work::TAKEOVER,
+    Netvsc.namespace_work: work::NAMESPACE,
+    Netvsc.subchannel_work: work::SUBCHANNELS,
+    Netvsc.rx_mode_work: work::RX_MODE,
+}
+
+impl Netvsc {
+    fn new(hv: ARef<vmbus::Device>) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            link_work <- net::DelayedWork::new(),
+            takeover_work <- net::DelayedWork::new(),
+            namespace_work <- net::DelayedWork::new(),
+            subchannel_work <- net::DelayedWork::new(),
+            rx_mode_work <- net::DelayedWork::new(),
+            hv,
+            connection <- new_mutex!(None, "hv_netvsc::connection"),
+            shared: RcuSlot::new(),
+            bond <- Bond::new(),
+            link <- Link::new(),
+            statistics: Statistics::new()?,
+            rss <- new_mutex!(
+                Rss {
+                    key: config::HASH_KEY,
+                    table: KVec::new(),
+                },
+                "hv_netvsc::rss"
+            ),
+            tx_table: [const { Atomic::new(0) }; SEND_TABLE_SIZE],
+            tx_checksums: Atomic::new(0),
+            hashed_ports: Atomic::new(0xf),
+            message_level: Atomic::new(config::message_level().0),
+        }? Error)
+    }
+
+    /// Whether messages of a level go to the log.
+    pub(crate) fn logs(&self, level: MessageLevel) -> bool {
+        MessageLevel(self.message_level.load(Relaxed)).intersects(level)
+    }
+
+    /// The connection, or `ENODEV`.
+    pub(crate) fn connected(&self) -> Result<Arc<Shared>> {
+        self.shared.get().ok_or(ENODEV)
+    }
+
+    /// Makes a connection the one that is used.
+    fn adopt(&self, connection: Connection) {
+        let shared = connection.shared.clone();
+        *self.connection.lock() = Some(connection);
+        self.shared.replace(Some(shared));
+    }
+
+    /// Ends the connection. Nobody uses it any more when it is closed.
+    fn disconnect(&self) {
+        self.shared.replace(None);
+        let connection = self.connection.lock().take();
+        drop(connection);
+    }
+}
+
+/// Enables transmitting.
+pub(crate) fn enable_tx(dev: &Device<Netvsc>, shared: &Shared) {
+    shared.tx_disabled.store(false, Relaxed);
+    kernel::sync::barrier::smp_mb();
+    dev.wake_all_queues();
+}
+
+/// Disables transmitting.
+pub(crate) fn disable_tx(dev: &Device<Netvsc>, shared: Option<&Shared>) {
+    if let Some(shared) = shared {
+        shared.tx_disabled.store(true, Relaxed);
+        kernel::sync::barrier::smp_mb();
+    }
+    dev.stop_all_queues();
+}
+
+/// Lets the host send packets.
+fn open_filter(shared: &Shared) -> Result {
+    rndis::set_packet_filter(
+        shared,
+        PacketFilter::BROADCAST
+            .with(PacketFilter::ALL_MULTICAST)
+            .with(PacketFilter::DIRECTED),
+    )
+}
+
+/// Has the host stop sending packets, and waits for those on their way.
+fn close_filter(dev: &Device<Netvsc>, shared: &Shared) -> Result {
+    // It must not open the filter again.
+    dev.cancel::<{ work::RX_MODE }>();
+    match rndis::set_packet_filter(shared, PacketFilter(0)) {
+        // A device that was taken back sends nothing.
+        Err(e) if e != ENODEV => {
+            netdev_err!(dev, "unable to close device (ret {}).\n", e.to_errno());
+            return Err(e);
+        }
+        _ => {}
+    }
+    match shared.wait_until_empty() {
+        Err(e) if e != ENODEV => {
+            netdev_err!(dev, "Ring buffer not empty after closing rndis\n");
+            Err(e)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The settings of the present connection, to make another one like it.
+pub(crate) fn present_config(shared: &Shared) -> Result<Config> {
+    let guard = rcu::read_lock();
+    let recv = shared.recv.borrow(&guard).ok_or(ENODEV)?;
+    let send = shared.send.borrow(&guard).ok_or(ENODEV)?;
+    Ok(Config {
+        channels: shared.num_queues(),
+        recv_sections: recv.sections,
+        recv_section_size: recv.section_size,
+        send_sections: send.sections,
+        send_section_size: send.section_size,
+    })
+}
+
+/// Stops everything and ends the connection.
+fn detach(dev: &Device<Netvsc>, shared: Arc<Shared>, rtnl: &Rtnl) -> Result {
+    dev.cancel::<{ work::SUBCHANNELS }>();
+    if dev.is_running() {
+        disable_tx(dev, Some(&shared));
+        close_filter(dev, &shared)?;
+    }
+    dev.set_present(false, rtnl);
+    drop(shared);
+    dev.data().disconnect();
+    Ok(())
+}
+
+/// Makes a connection and starts everything again.
+fn attach(dev: &Device<Netvsc>, config: &Config, rtnl: &Rtnl) -> Result {
+    let data = dev.data();
+    let hv = dev
+        .parent(rtnl)
+        .and_then(|parent| data.hv.as_bound(parent))
+        .ok_or(ENODEV)?;
+    let (connection, _) = Connection::new(dev, hv, config, rtnl)?;
+    let shared = connection.shared.clone();
+    data.adopt(connection);
+    // If there are no subchannels, one queue has to do.
+    let _ = subchannel::set_up(dev, &shared, rtnl);
+
+    shared.tx_disabled.store(false, Relaxed);
+    dev.set_present(true, rtnl);
+    dev.set_carrier(false);
+    if dev.is_running() {
+        if let Err(e) = open_filter(&shared) {
+            dev.set_present(false, rtnl);
+            drop(shared);
+            data.disconnect();
+            return Err(e);
+        }
+        if !shared.link_down.load(Relaxed) {
+            dev.set_carrier(true);
+        }
+    }
+    Ok(())
+}
+
+/// Makes the connection anew with other settings. If that fails the old ones are restored; `undo`
+/// and `what` say what else to restore, and how to call it.
+pub(crate) fn reconnect(
+    dev: &Device<Netvsc>,
+    shared: Arc<Shared>,
+    old: &Config,
+    new: &Config,
+    rtnl: &Rtnl,
+    change: impl FnOnce(),
+    undo: impl FnOnce(),
+    what: &str,
+) -> Result {
+    detach(dev, shared, rtnl)?;
+    change();
+    let result = attach(dev, new, rtnl);
+    if result.is_err() {
+        undo();
+        if attach(dev, old, rtnl).is_err() {
+            netdev_err!(dev, "restoring {} failed\n", what);
+        }
+    }
+    result
+}
+
+impl Driver for Netvsc {
+    fn open(dev: &Device<Self>, rtnl: &Rtnl) -> Result {
+        let shared = dev.data().connected()?;
+        dev.set_carrier(false);
+        open_filter(&shared).inspect_err(|e| {
+            netdev_err!(dev, "unable to open device (ret {}).\n", e.to_errno());
+        })?;
+        if !shared.link_down.load(Relaxed) {
+            dev.set_carrier(true);
+            enable_tx(dev, &shared);
+        }
+        if let Some(vf) = dev.data().bond.vf.get() {
+            // If that fails the VF is not used.
+            if let Err(e) = vf.bring_up(rtnl) {
+                netdev_warn!(
+                    dev,
+                    "unable to open slave: {}: {}\n",
+                    vf.name(),
+                    e.to_errno()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(dev: &Device<Self>, rtnl: &Rtnl) -> Result {
+        let shared = dev.data().shared.get();
+        disable_tx(dev, shared.as_deref());
+        // Without a connection there is nothing to close.
+        let Some(shared) = shared else {
+            return Ok(());
+        };
+        let closed = close_filter(dev, &shared);
+        if let Some(vf) = dev.data().bond.vf.get() {
+            vf.take_down(rtnl);
+        }
+        closed
+    }
+
+    fn start_xmit(dev: &Device<Self>, queue: &mut TxQueue<'_>, skb: SkBuff) -> Xmit {
+        let data = dev.data();
+        let guard = rcu::read_lock();
+        if data.bond.data_path_is_vf.load(Relaxed) {
+            if let Some(vf) = data.bond.vf.borrow(&guard) {
+                if vf.is_running() && vf.has_carrier() && !dev.is_netpoll_transmitting() {
+                    let len = skb.len();
+                    let (verdict, taken) = Xmit::on(vf, skb);
+                    if taken {
+                        data.statistics.vf.add::<{ stats::vf::TX_PACKETS }>(1);
+                        data.statistics
+                            .vf
+                            .add::<{ stats::vf::TX_BYTES }>(len.into());
+                    } else {
+                        data.statistics.vf.add::<{ stats::vf::TX_DROPPED }>(1);
+                    }
+                    return verdict;
+                }
+            }
+        }
+        match data.shared.borrow(&guard) {
+            Some(shared) => tx::transmit(dev, shared, queue, skb, &guard),
+            None => {
+                data.statistics.tx_dropped.add(1);
+                Xmit::Done
+            }
+        }
+    }
+
+    fn select_queue(dev: &Device<Self>, skb: &mut SkBuff) -> u16 {
+        let guard = rcu::read_lock();
+        let queue = if let Some(vf) = dev.data().bond.vf.borrow(&guard) {
+            // The VF may have more queues than this device: its choice is kept with the packet.
+            let queue = vf.select_queue(skb, &guard);
+            skb.set_slave_queue(queue);
+            queue
+        } else {
+            pick_queue(dev, skb)
+        };
+        // The number of queues never is zero.
+        queue % (dev.num_tx_queues().clamp(1, u16::MAX.into()) as u16)
+    }
+
+    fn change_rx_flags(dev: &Device<Self>, promiscuous: bool, allmulti: bool, rtnl: &Rtnl) {
+        if let Some(vf) = dev.data().bond.vf.get() {
+            if promiscuous {
+                vf.count_promiscuous(dev.is_promiscuous(), rtnl);
+            }
+            if allmulti {
+                vf.count_allmulti(dev.is_allmulti(), rtnl);
+            }
+        }
+    }
+
+    fn set_rx_mode(dev: &Device<Self>, addresses: &AddressLock<'_>) {
+        let guard = rcu::read_lock();
+        if let Some(vf) = dev.data().bond.vf.borrow(&guard) {
+            addresses.sync_to(vf);
+        }
+        if dev.data().shared.borrow(&guard).is_some() {
+            dev.schedule::<{ work::RX_MODE }>(Delta::ZERO);
+        }
+    }
+
+    fn set_features(dev: &Device<Self>, features: Features, rtnl: &Rtnl) -> Result {
+        let shared = dev.data().connected()?;
+        let mut features = features;
+        let mut result = Ok(());
+        if (features ^ dev.features()).intersects(Features::LRO) {
+            result = offload::set_coalescing(dev, &shared, features.contains(Features::LRO));
+            if result.is_err() {
+                features = features ^ Features::LRO;
+                dev.set_active_features(features, rtnl);
+            }
+        }
+        if let Some(vf) = dev.data().bond.vf.get() {
+            vf.want_features(features, rtnl);
+        }
+        result
+    }
+
+    fn change_mtu(dev: &Device<Self>, mtu: u32, rtnl: &Rtnl) -> Result {
+        let data = dev.data();
+        let shared = data.connected()?;
+        let config = present_config(&shared)?;
+        let old = dev.mtu();
+        let vf = data.bond.vf.get();
+        // The VF is asked first: it is the one that is likely to refuse.
+        if let Some(vf) = &vf {
+            vf.change_mtu(mtu, rtnl)?;
+        }
+        let result = reconnect(
+            dev,
+            shared,
+            &config,
+            &config,
+            rtnl,
+            || dev.set_mtu(mtu, rtnl),
+            || dev.set_mtu(old, rtnl),
+            "mtu",
+        );
+        if result.is_err() {
+            if let Some(vf) = &vf {
+                let _ = vf.change_mtu(old, rtnl);
+            }
+        }
+        result
+    }
+
+    fn set_address(dev: &Device<Self>, address: &[u8; net::ETH_ALEN], rtnl: &Rtnl) -> Result {
+        let shared = dev.data().connected()?;
+        let vf = dev.data().bond.vf.get();
+        if let Some(vf) = &vf {
+            vf.change_address(address, rtnl)?;
+        }
+        rndis::set_address(&shared, address).inspect_err(|_| {
+            if let Some(vf) = &vf {
+                let _ = vf.change_address(&dev.address(), rtnl);
+            }
+        })
+    }
+
+    fn stats(dev: &Device<Self>) -> net::Stats {
+        dev.data().statistics.sum()
+    }
+
+    fn unregistering(dev: &Device<Self>, rtnl: &Rtnl) {
+        // None of this work waits for the RTNL.
+        dev.cancel::<{ work::LINK }>();
+        dev.cancel::<{ work::NAMESPACE }>();
+        dev.cancel::<{ work::SUBCHANNELS }>();
+        vf::release(dev, rtnl);
+        dev.cancel::<{ work::RX_MODE }>();
+        disable_tx(dev, dev.data().shared.get().as_deref());
+        dev.data().disconnect();
+        DEVICES.remove(dev, rtnl);
+    }
+
+    fn slave_received(dev: &Device<Self>, len: u32) {
+        let counters = &dev.data().statistics.vf;
+        counters.add::<{ stats::vf::RX_PACKETS }>(1);
+        counters.add::<{ stats::vf::RX_BYTES }>(len.into());
+    }
+}
+
+/// Selects a queue of the synthetic path: the one that the socket uses, the one that a forwarded
+/// packet came by, or one from the host's table.
+fn pick_queue(dev: &Device<Netvsc>, skb: &mut SkBuff) -> u16 {
+    let old = skb.socket_queue();
+    if let Some(queue) = old {
+        if !skb.may_reorder() && u32::from(queue) < dev.num_tx_queues() {
+            return queue;
+        }
+    }
+    if let Some(queue) = skb.rx_queue() {
+        return queue;
+    }
+    let data = dev.data();
+    let hash = tx_hash(data, skb);
+    let entry = hash as usize % SEND_TABLE_SIZE;
+    let channel = data
+        .tx_table
+        .get(entry)
+        .map_or(0, |entry| entry.load(Relaxed));
+    // The host may say anything.
+    let queue = (channel % dev.num_tx_queues().max(1)) as u16;
+    if old != Some(queue) {
+        skb.remember_socket_queue(queue);
+    }
+    queue
+}
+
+/// The hash that selects the queue.
+fn tx_hash(data: &Netvsc, skb: &mut SkBuff) -> u32 {
+    let Some(keys) = skb.flow_keys() else {
+        return 0;
+    };
+    let with_ports = keys
+        .l4()
+        .is_some_and(|l4| data.hashed_ports.load(Relaxed) & tx::checksum_bit(l4) != 0);
+    if with_ports {
+        return skb.hash();
+    }
+    if !keys.is_ip() {
+        return 0;
+    }
+    let hash = keys.address_hash();
+    skb.set_address_hash(hash);
+    hash
+}
+
+impl WorkItem<{ work::RX_MODE }> for Netvsc {
+    fn run(dev: &Device<Self>) {
+        let Some(shared) = dev.data().shared.get() else {
+            return;
+        };
+        if !dev.is_running() {
+            return;
+        }
+        let filter = if dev.is_promiscuous() {
+            PacketFilter::PROMISCUOUS
+        } else {
+            let mut filter = PacketFilter::DIRECTED;
+            if dev.is_allmulti() || !dev.has_no_multicast() {
+                filter = filter.with(PacketFilter::ALL_MULTICAST);
+            }
+            if dev.is_broadcast() {
+                filter = filter.with(PacketFilter::BROADCAST);
+            }
+            filter
+        };
+        // It will be set again when something changes.
+        let _ = rndis::set_packet_filter(&shared, filter);
+    }
+}
+
+impl WorkItem<{ work::LINK }> for Netvsc {
+    fn run(dev: &Device<Self>) {
+        link::work(dev);
+    }
+}
+
+impl WorkItem<{ work::TAKEOVER }> for Netvsc {
+    fn run(dev: &Device<Self>) {
+        vf::takeover_work(dev);
+    }
+}
+
+impl WorkItem<{ work::NAMESPACE }> for Netvsc {
+    fn run(dev: &Device<Self>) {
+        vf::namespace_work(dev);
+    }
+}
+
+impl WorkItem<{ work::SUBCHANNELS }> for Netvsc {
+    fn run(dev: &Device<Self>) {
+        subchannel::work(dev);
+    }
+}
+
+/// The driver on the VMBus.
+pub(crate) struct NetvscDriver;
+
+/// What belongs to a device as long as it is bound.
+pub(crate) struct Bound<'bound> {
+    _registration: Registration<'bound, Netvsc>,
+}
+
+impl vmbus::Driver for NetvscDriver {
+    type IdInfo = ();
+    type Data<'bound> = Bound<'bound>;
+    const ID_TABLE: vmbus::IdTable<Self::IdInfo> = &crate::ID_TABLE;
+    // Names follow the order of the offers.
+    const PROBE_TYPE: vmbus::ProbeType = vmbus::ProbeType::Synchronous;
+
+    fn probe<'bound>(
+        hv: &'bound vmbus::Device<Core<'_>>,
+        _info: Option<&'bound Self::IdInfo>,
+    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
+        probe(hv)
+    }
+
+    fn unbind<'bound>(_hv: &'bound vmbus::Device<Core<'_>>, _this: Pin<&Self::Data<'bound>>) {
+        // Dropping the registration does all.
+    }
+}
+
+fn probe<'bound>(hv: &'bound vmbus::Device<Core<'_>>) -> Result<Bound<'bound>> {
+    if vmbus::is_isolated() {
+        // Pages that are sent would have to be copied to memory that the host can see.
+        dev_err!(hv.as_ref(), "isolated virtual machines are not supported\n");
+        return Err(ENOTSUPP);
+    }
+    let own: &vmbus::Device = hv;
+    let device =
+        UnregisteredDevice::new(hv.as_ref(), config::CHANNELS_MAX, Netvsc::new(own.into()))?;
+
+    // The RTNL is held until the device is registered, for two reasons. The host offers the VF as
+    // soon as it knows that this driver can use one, and the VF must not be registered first. And
+    // the work that opens subchannels, which needs the RTNL, must not begin before the probe ends:
+    // subchannels are not offered while it goes on.
+    let rtnl = rtnl::lock();
+    device.set_needed_headroom(tx::HEADROOM, &rtnl);
+    device.set_active_features(Features::LRO, &rtnl);
+    let (connection, address) = Connection::new(&device, hv, &Config::default(), &rtnl)
+        .inspect_err(|e| {
+            netdev_err!(
+                device,
+                "unable to add netvsc device (ret {})\n",
+                e.to_errno()
+            );
+        })?;
+    let shared = connection.shared.clone();
+    device.data().adopt(connection);
+    device.set_hw_address(&address, &rtnl);
+
+    // Whatever the user can switch is on at first.
+    let features = device.hw_features(&rtnl)
+        | Features::HIGHDMA
+        | Features::VLAN_CTAG_TX
+        | Features::VLAN_CTAG_RX;
+    device.set_active_features(features, &rtnl);
+    device.set_vlan_features(features, &rtnl);
+    let mtu_max = if shared.version() >= Version::V2 {
+        FRAME_MAX - net::ETH_HLEN
+    } else {
+        MTU_LEGACY
+    };
+    device.set_mtu_range(MTU_MIN, mtu_max, &rtnl);
+    shared.tx_disabled.store(false, Relaxed);
+    if shared.max_queues.load(Relaxed) > 1 {
+        device.schedule::<{ work::SUBCHANNELS }>(Delta::ZERO);
+    }
+    drop(shared);
+
+    let reference = device.to_ref();
+    let registered = DEVICES
+        .add(reference.clone(), &rtnl)
+        .and_then(|()| device.register(&rtnl));
+    let registration = registered.inspect_err(|_| {
+        pr_err!("Unable to register netdev.\n");
+        reference.cancel::<{ work::SUBCHANNELS }>();
+        reference.data().disconnect();
+        DEVICES.remove(&reference, &rtnl);
+    })?;
+    vf::adopt_present(&registration, &rtnl);
+    drop(rtnl);
+    Ok(Bound {
+        _registration: registration,
+    })
+}

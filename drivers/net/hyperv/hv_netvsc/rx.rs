@@ -1,0 +1,563 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What comes from the host: packets, completions, answers, indications.
+//!
+//! The host puts packets into sections of the receive buffer and sends the places. Each such
+//! message is completed once, when its packets have been copied; only then the host may use the
+//! sections again.
+//!
+//! Nothing the host sends is trusted: headers are copied once, and only the copy is looked at.
+
+use hyperv_wire::{
+    nvsp,
+    nvsp::HostMessage,
+    rndis::{
+        self,
+        MessageType,
+        PacketId,
+        PacketInfo,
+        Ppis,
+        RxChecksum, //
+    }, //
+};
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::Relaxed,
+        rcu,
+        Arc, //
+    }, //
+};
+use net::{
+    net_ratelimit,
+    netdev_err,
+    Destination,
+    Device,
+    Features,
+    MessageLevel,
+    Poll,
+    PollContext,
+    Polled,
+    RxInfo, //
+};
+use vmbus::{
+    Packet,
+    PacketKind,
+    SharedBytes, //
+};
+
+use crate::{
+    buffers::RecvBuffer,
+    connection::{
+        Queue,
+        Shared,
+        Transaction, //
+    },
+    device::Netvsc,
+    link,
+    rndis::MESSAGE_MAX,
+    tx, vf,
+};
+
+/// Most bytes of per-packet information of a received packet.
+const PPI_MAX: usize = 256;
+
+/// Completions that may be owed to the host.
+const OWED_MAX: usize = 512;
+
+/// As many are collected before they are sent.
+const OWED_BATCH: usize = 64;
+
+/// What the poll of a channel shares with others.
+pub(crate) struct RxShared {
+    /// The connection.
+    pub(crate) connection: Arc<Shared>,
+    /// Number of the channel and of its queue.
+    pub(crate) index: u16,
+}
+
+impl RxShared {
+    /// The queue.
+    pub(crate) fn queue(&self) -> Option<&Queue> {
+        self.connection
+            .queues
+            .get(usize::from(self.index))
+            .map(|queue| &**queue)
+    }
+
+    fn ring(&self) -> Result<vmbus::Ring<'_>> {
+        self.queue()
+            .and_then(|queue| queue.channel())
+            .ok_or(ENODEV)?
+            .ring()
+    }
+}
+
+/// A fragment of a packet, in the receive buffer.
+#[derive(Clone, Copy)]
+struct Fragment {
+    offset: u32,
+    len: u32,
+}
+
+/// The state of the poll of a channel.
+pub(crate) struct RxPoll {
+    /// Completions that are owed to the host: transaction id and status.
+    owed: KVec<(u64, nvsp::Status)>,
+    /// Fragments of a packet that the host has coalesced from several.
+    fragments: KVVec<Fragment>,
+    /// What is known of that packet.
+    info: PacketInfo,
+    /// A control message.
+    message: KVVec<u8>,
+}
+
+impl RxPoll {
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            owed: KVec::with_capacity(OWED_MAX, GFP_KERNEL)?,
+            fragments: KVVec::with_capacity(nvsp::MAX_TRANSFER_RANGES, GFP_KERNEL)?,
+            info: PacketInfo::default(),
+            message: KVVec::with_capacity(MESSAGE_MAX, GFP_KERNEL)?,
+        })
+    }
+
+    /// Sends the completions that are owed. Fails if the ring is full.
+    fn pay(&mut self, shared: &RxShared, dev: &Device<Netvsc>, ring: &vmbus::Ring<'_>) -> Result {
+        let mut sent = 0;
+        let result = self.owed.iter().try_for_each(|(id, status)| {
+            let mut message = [0; 8];
+            message[..4].copy_from_slice(
+                &nvsp::MessageType::SEND_RNDIS_PACKET_COMPLETE
+                    .0
+                    .to_le_bytes(),
+            );
+            message[4..].copy_from_slice(&status.0.to_le_bytes());
+            ring.send_completion(*id, &message)?;
+            sent += 1;
+            Ok(())
+        });
+        // What is left moves to the front.
+        let left = self.owed.len() - sent;
+        self.owed.copy_within(sent.., 0);
+        self.owed.truncate(left);
+        if let Some(queue) = shared.queue() {
+            queue.owed.store(left as u32, Relaxed);
+        }
+        result.inspect_err(|_| dev.data().statistics.events.rx_comp_busy.add(1))
+    }
+}
+
+impl Poll for RxPoll {
+    type Driver = Netvsc;
+    type Shared = RxShared;
+
+    fn poll(
+        &mut self,
+        shared: &RxShared,
+        context: &PollContext<'_, Netvsc>,
+        budget: i32,
+    ) -> Polled {
+        let mut work = 0;
+        let Ok(ring) = shared.ring() else {
+            return Polled { work, again: false };
+        };
+        let guard = rcu::read_lock();
+        let Some(mut reader) = ring.reader() else {
+            return Polled { work, again: true };
+        };
+        while work < budget {
+            if self.owed.len() >= OWED_BATCH
+                && self.pay(shared, context.device(), &ring).is_err()
+                && self.owed.len() >= OWED_MAX
+            {
+                // The host must read its ring before it gets more of ours.
+                break;
+            }
+            let Some(packet) = reader.next() else {
+                break;
+            };
+            work += self.process(shared, context, &ring, &packet, &guard);
+        }
+        drop(reader);
+        let again = self.pay(shared, context.device(), &ring).is_err() && !ring.is_rescinded();
+        Polled {
+            // A message can have more packets than the budget.
+            work: work.min(budget),
+            again,
+        }
+    }
+
+    fn unmask(shared: &RxShared) -> bool {
+        shared.ring().is_ok_and(|ring| ring.end_read() != 0)
+    }
+
+    fn mask(shared: &RxShared) {
+        if let Ok(ring) = shared.ring() {
+            ring.begin_read();
+        }
+    }
+}
+
+impl RxPoll {
+    /// Handles a packet of the ring, and returns how many network packets were in it.
+    fn process(
+        &mut self,
+        shared: &RxShared,
+        context: &PollContext<'_, Netvsc>,
+        ring: &vmbus::Ring<'_>,
+        packet: &Packet<'_>,
+        guard: &rcu::Guard,
+    ) -> i32 {
+        let dev = context.device();
+        match packet.kind() {
+            PacketKind::Completion => {
+                completed(shared, context, ring, packet, guard);
+                0
+            }
+            PacketKind::TransferPages => self.receive(shared, context, packet, guard),
+            PacketKind::Inband => {
+                told(shared, dev, packet);
+                0
+            }
+            kind => {
+                if net_ratelimit() {
+                    netdev_err!(
+                        dev,
+                        "unhandled packet type {:?}, tid {:x}\n",
+                        kind,
+                        packet.transaction_id()
+                    );
+                }
+                0
+            }
+        }
+    }
+
+    /// Handles a message with places in the receive buffer.
+    fn receive(
+        &mut self,
+        shared: &RxShared,
+        context: &PollContext<'_, Netvsc>,
+        packet: &Packet<'_>,
+        guard: &rcu::Guard,
+    ) -> i32 {
+        let dev = context.device();
+        let log = dev.data().logs(MessageLevel::RX_ERR) && net_ratelimit();
+        match nvsp::message_type(packet.payload()) {
+            Ok(nvsp::MessageType::SEND_RNDIS_PACKET) => {}
+            other => {
+                if log {
+                    netdev_err!(dev, "Unknown nvsp packet type received {:?}\n", other);
+                }
+                return 0;
+            }
+        }
+        let pages = match packet.transfer_pages() {
+            Ok(pages) if pages.pageset_id() == nvsp::RECEIVE_BUFFER_ID => pages,
+            Ok(pages) => {
+                if log {
+                    netdev_err!(
+                        dev,
+                        "Invalid xfer page set id - expecting {:x} got {:x}\n",
+                        nvsp::RECEIVE_BUFFER_ID,
+                        pages.pageset_id()
+                    );
+                }
+                return 0;
+            }
+            Err(_) => {
+                if log {
+                    netdev_err!(dev, "Range count is not valid\n");
+                }
+                return 0;
+            }
+        };
+
+        let count = pages.len();
+        let mut status = nvsp::Status::SUCCESS;
+        for (i, (offset, len)) in pages.ranges().enumerate() {
+            let handled = shared
+                .connection
+                .recv
+                .borrow(guard)
+                .ok_or(ENODEV)
+                .and_then(|buffer| {
+                    let bytes = buffer.message(offset, len).inspect_err(|_| {
+                        if log {
+                            netdev_err!(dev, "Packet offset:{} + len:{} too big\n", offset, len);
+                        }
+                    })?;
+                    let last = i + 1 == count;
+                    self.message(shared, context, buffer, &bytes, offset, last)
+                });
+            if handled.is_err() {
+                // An incomplete packet is given up.
+                self.fragments.clear();
+                status = nvsp::Status::FAILURE;
+            }
+        }
+        // The poll stops before there are too many.
+        let _ = self
+            .owed
+            .push_within_capacity((packet.transaction_id(), status));
+        if let Some(queue) = shared.queue() {
+            queue.owed.store(self.owed.len() as u32, Relaxed);
+        }
+        i32::try_from(count).unwrap_or(i32::MAX)
+    }
+
+    /// Handles an RNDIS message in the receive buffer.
+    fn message(
+        &mut self,
+        shared: &RxShared,
+        context: &PollContext<'_, Netvsc>,
+        buffer: &RecvBuffer,
+        bytes: &SharedBytes<'_>,
+        offset: u32,
+        last: bool,
+    ) -> Result {
+        let mut head = [0; rndis::HEADER_SIZE];
+        part(bytes, 0, &mut head)?;
+        let (kind, len) = rndis::header(&head, bytes.len()).map_err(|_| EINVAL)?;
+        if kind == MessageType::PACKET {
+            return self.packet(shared, context, buffer, bytes, offset, last);
+        }
+
+        // Whatever else there is, is small. An indication can be longer than it says.
+        let copy = if kind == MessageType::INDICATE_STATUS {
+            bytes.len()
+        } else {
+            len
+        };
+        if copy > MESSAGE_MAX {
+            return Err(EMSGSIZE);
+        }
+        self.message.clear();
+        while self.message.len() < copy {
+            if self.message.push_within_capacity(0).is_err() {
+                return Err(EMSGSIZE);
+            }
+        }
+        part(bytes, 0, &mut self.message)?;
+        let dev = context.device();
+        match kind {
+            MessageType::INITIALIZE_COMPLETE
+            | MessageType::QUERY_COMPLETE
+            | MessageType::SET_COMPLETE => {
+                let message = rndis::Message::parse(&self.message).map_err(|_| EINVAL)?;
+                let answer = self.message.get(..message.len()).ok_or(EINVAL)?;
+                if shared.connection.rndis.answer(&message, answer).is_err() && net_ratelimit() {
+                    netdev_err!(
+                        dev,
+                        "no rndis request found for this response (id {:#x} res type {:#x})\n",
+                        message.request_id().unwrap_or(0),
+                        kind.0
+                    );
+                }
+                Ok(())
+            }
+            MessageType::INDICATE_STATUS => {
+                let indication = rndis::Message::indication(&self.message).map_err(|_| EINVAL)?;
+                link::indicated(dev, &indication);
+                Ok(())
+            }
+            _ => {
+                if net_ratelimit() {
+                    netdev_err!(
+                        dev,
+                        "unhandled rndis message (type {} len {})\n",
+                        kind.0,
+                        len
+                    );
+                }
+                Err(EINVAL)
+            }
+        }
+    }
+
+    /// Handles a packet, or a fragment of one.
+    fn packet(
+        &mut self,
+        shared: &RxShared,
+        context: &PollContext<'_, Netvsc>,
+        buffer: &RecvBuffer,
+        bytes: &SharedBytes<'_>,
+        offset: u32,
+        last: bool,
+    ) -> Result {
+        let mut head = [0; rndis::PACKET_HEADER_SIZE];
+        part(bytes, 0, &mut head)?;
+        let layout = rndis::packet_layout(&head, bytes.len()).map_err(|_| EINVAL)?;
+        let mut ppis = [0; PPI_MAX];
+        let ppis = ppis.get_mut(..layout.ppis.len()).ok_or(EMSGSIZE)?;
+        part(bytes, layout.ppis.start, ppis)?;
+        let info = PacketInfo::collect(Ppis::new(ppis)).map_err(|_| EINVAL)?;
+
+        let flags = info.packet_id.map_or(0, |id| id.flags);
+        let complete = if flags & PacketId::SUBALLOCATION != 0 {
+            if flags & PacketId::FIRST != 0 {
+                self.fragments.clear();
+            } else if self.fragments.is_empty() {
+                // The beginning is missing.
+                return Err(EINVAL);
+            }
+            let complete = flags & PacketId::LAST != 0;
+            if !complete && last {
+                // The end is missing.
+                return Err(EINVAL);
+            }
+            complete
+        } else {
+            self.fragments.clear();
+            true
+        };
+        if self.fragments.is_empty() {
+            // What is said about the first fragment is true for all.
+            self.info = info;
+        }
+        let fragment = Fragment {
+            offset: offset + layout.frame.start as u32,
+            len: layout.frame.len() as u32,
+        };
+        // The capacity is the most fragments that a packet can have.
+        if self.fragments.push_within_capacity(fragment).is_err() {
+            return Err(EMSGSIZE);
+        }
+        if !complete {
+            return Ok(());
+        }
+        let result = self.deliver(shared, context, buffer);
+        self.fragments.clear();
+        result
+    }
+
+    /// Copies a complete packet out of the receive buffer and gives it to the stack.
+    fn deliver(
+        &self,
+        shared: &RxShared,
+        context: &PollContext<'_, Netvsc>,
+        buffer: &RecvBuffer,
+    ) -> Result {
+        let dev = context.device();
+        if !dev.is_registered() {
+            return Err(ENODEV);
+        }
+        let statistics = &dev.data().statistics;
+        let len = self.fragments.iter().map(|fragment| fragment.len).sum();
+        let mut skb = context
+            .alloc_skb(len)
+            .ok_or(ENOMEM)
+            .inspect_err(|_| statistics.events.rx_no_memory.add(1))?;
+        for fragment in &self.fragments {
+            skb.append(&buffer.message(fragment.offset, fragment.len)?)?;
+        }
+
+        let checksum = self.info.checksum.map(RxChecksum);
+        let has = |flags| checksum.is_some_and(|checksum| checksum.has(flags));
+        let features = dev.features();
+        let info = RxInfo {
+            checksum_ok: features.contains(Features::RXCSUM)
+                && (has(RxChecksum::TCP_SUCCEEDED) || has(RxChecksum::UDP_SUCCEEDED)),
+            compute_ip_checksum: has(RxChecksum::IP_VALUE_INVALID | RxChecksum::IP_SUCCEEDED),
+            hash: self
+                .info
+                .hash
+                .filter(|_| features.contains(Features::RXHASH)),
+            vlan_tci: self.info.vlan.map(|vlan| vlan.tci()),
+            queue: shared.index,
+        };
+        let destination = skb.received(dev, &info)?;
+        if let Some(stats) = statistics.queues.get(usize::from(shared.index)) {
+            stats.rx_packets.add(1);
+            stats.rx_bytes.add(len.into());
+            if destination != Destination::Unicast {
+                stats.rx_multicast.add(1);
+            }
+        }
+        context.receive(skb);
+        Ok(())
+    }
+}
+
+/// Copies a part of a message that may change at any time.
+fn part(bytes: &SharedBytes<'_>, start: usize, to: &mut [u8]) -> Result {
+    bytes.part(start, to.len())?.copy_to(to)
+}
+
+/// The host has completed a packet of ours.
+fn completed(
+    shared: &RxShared,
+    context: &PollContext<'_, Netvsc>,
+    ring: &vmbus::Ring<'_>,
+    packet: &Packet<'_>,
+    guard: &rcu::Guard,
+) {
+    let dev = context.device();
+    let connection = &*shared.connection;
+    let id = packet.transaction_id();
+    let payload = packet.payload();
+    let status = || match nvsp::decode::<nvsp::SendRndisPacketComplete>(payload) {
+        Ok(answer) if answer.status.get() == nvsp::Status::SUCCESS.0 => {}
+        Ok(answer) => {
+            if net_ratelimit() {
+                netdev_err!(
+                    dev,
+                    "nvsp_rndis_pkt_complete error status: {:x}\n",
+                    answer.status.get()
+                );
+            }
+        }
+        Err(e) => {
+            if net_ratelimit() {
+                netdev_err!(dev, "{}\n", net::Shown(e));
+            }
+        }
+    };
+    match Transaction::from_id(id) {
+        Some(Transaction::Data { queue, slot }) => {
+            status();
+            if tx::complete(connection, context, ring, queue, slot, guard).is_err()
+                && net_ratelimit()
+            {
+                netdev_err!(dev, "Invalid transaction ID {:x}\n", id);
+            }
+        }
+        Some(Transaction::Rndis(_)) => {
+            status();
+            connection.rndis.page_read();
+        }
+        Some(Transaction::Nvsp(sequence)) => connection.control.complete(sequence, payload),
+        _ => {
+            if net_ratelimit() {
+                netdev_err!(dev, "Invalid transaction ID {:x}\n", id);
+            }
+        }
+    }
+}
+
+/// The host has said something of its own accord.
+fn told(shared: &RxShared, dev: &Device<Netvsc>, packet: &Packet<'_>) {
+    match HostMessage::parse(packet.payload(), shared.connection.version()) {
+        Ok(HostMessage::SendIndirectionTable(table)) => {
+            for (to, channel) in dev.data().tx_table.iter().zip(table) {
+                to.store(channel, Relaxed);
+            }
+            shared.connection.has_send_table.store(true, Relaxed);
+        }
+        Ok(HostMessage::VfAssociation(association)) => {
+            vf::associated(
+                dev,
+                association.allocated.get() != 0,
+                association.serial.get(),
+            );
+        }
+        // Newer hosts may say more.
+        Ok(_) => {}
+        Err(e) => {
+            if net_ratelimit() {
+                netdev_err!(dev, "{}\n", net::Shown(e));
+            }
+        }
+    }
+}
