@@ -25,8 +25,8 @@ const EJECT: Duration = Duration::from_secs(30);
 const RELEASE: Duration = Duration::from_secs(30);
 /// What the driver of the synthetic device may take to be told of its VF.
 const TELL: Duration = Duration::from_secs(5);
-/// First version of NVSP in which a driver says that it can be told of a VF.
-const FIRST_WITH_ASSOCIATION: nvsp::Version = nvsp::Version::V5;
+/// First version of NVSP in which a driver can be told of a VF.
+const FIRST_WITH_ASSOCIATION: nvsp::Version = nvsp::Version::V4;
 /// Queues of a VF if nothing else is said.
 const VF_QUEUES: u16 = 16;
 /// Mbit/s that the VF says it has.

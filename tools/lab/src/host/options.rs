@@ -79,9 +79,9 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
     (parts.next().is_none() && mac[0] & 1 == 0).then_some(mac)
 }
 
-fn number<T: FromStr>(text: &str, range: std::ops::RangeInclusive<T>) -> Option<T>
+fn number<T>(text: &str, range: std::ops::RangeInclusive<T>) -> Option<T>
 where
-    T: PartialOrd,
+    T: FromStr + PartialOrd,
 {
     text.parse().ok().filter(|number| range.contains(number))
 }
@@ -109,10 +109,11 @@ impl FromStr for NicOption {
                 "bus" => Guid::parse(value).ok().map(|guid| spec.bus = Some(guid)),
                 "queues" => number(value, 1..=64).map(|queues| spec.queues = Some(queues)),
                 "vf" => match value {
-                    "mana" => Some(spec.vf = Vf::Mana),
-                    "later" | "none" => Some(spec.vf = Vf::Later),
+                    "mana" => Some(Vf::Mana),
+                    "later" | "none" => Some(Vf::Later),
                     _ => None,
-                },
+                }
+                .map(|vf| spec.vf = vf),
                 _ => return Err(format!("{key:?} is no property of a NIC")),
             };
             taken.ok_or_else(|| format!("{value:?} is no {key}"))?;
