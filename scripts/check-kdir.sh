@@ -40,6 +40,9 @@ if [ -n "$missing" ]; then
 		"a tree of your own: make prepare in it" \
 		"other distributions: look for a package with it (Ubuntu: linux-lib-rust-*)"
 fi
+[ -s "$kdir/Module.symvers" ] ||
+	die "KDIR=$kdir has no Module.symvers: it was prepared, but not built" \
+		"make in that tree, or copy the file from the headers package of the same kernel"
 
 command -v rustc >/dev/null ||
 	die "rustc is missing" "apt-get install rustc, or leave out TOOLCHAIN=host"

@@ -45,6 +45,8 @@ echo 7.2.0-test >"$tree/include/config/kernel.release"
 expect "tree without metadata" "lacks the kernel's Rust metadata" "make KERNEL=7.2.0-test" check_kdir
 touch "$tree"/rust/lib{core,ffi,bindings,build_error,kernel,pin_init,zerocopy}.rmeta \
 	"$tree"/rust/lib{macros,zerocopy_derive}.so "$tree/scripts/target.json"
+expect "tree that was not built" "has no Module.symvers" "make in that tree" check_kdir
+echo >"$tree/Module.symvers"
 expect "wrong rustc" 'of "rustc 1.2.3 (of long ago)"' "TOOLCHAIN=host" check_kdir
 expect "TOOLCHAIN=host without KDIR" "needs a KDIR" "make TOOLCHAIN=host KDIR=" \
 	env KDIR= TOOLCHAIN=host "$top/scripts/build-modules.sh" "$work/out"
