@@ -9,15 +9,14 @@
 
 out=$1
 root=$("$top/scripts/build-root.sh")
-# The programs run on the root's libraries: one target folder for each root.
-target=$cache/cargo-target-$(basename "$root")
+target=$(cargo_target "$root")
 mkdir -p "$out" "$target"
 # Another checkout may use the same folder.
 exec 9>"$target/.lock"
 flock 9
 CARGO_TARGET_DIR=$target "$top/scripts/in-root.sh" \
 	cargo build --manifest-path "$top/tools/Cargo.toml" --workspace --bins --release --locked 9>&-
-for file in "$target"/release/*; do
+for file in "$target"/x86_64-unknown-linux-gnu/release/*; do
 	if [ -f "$file" ] && [ -x "$file" ]; then
 		name=$out/$(basename "$file")
 		cmp -s "$file" "$name" || { cp "$file" "$name.new" && mv "$name.new" "$name"; }

@@ -55,6 +55,11 @@ key() {
 	cat "$@" - | sha256sum | cut -c1-12
 }
 
+# cargo_target ROOT: the folder for what cargo builds with the compiler in this build root.
+cargo_target() {
+	printf '%s/cargo-target-%s' "$cache" "$(key "$1/etc/hyperv-rust-toolchain" </dev/null)"
+}
+
 # with_lock NAME: holds the lock until the script ends.
 with_lock() {
 	make_cache

@@ -65,7 +65,7 @@ tree=$("$top/scripts/kernel-tree.sh")
 root=$("$top/scripts/build-root.sh")
 in_root=("$top/scripts/in-root.sh" --kernel "$tree")
 cargo=("${in_root[@]}" cargo --locked --color never)
-CARGO_TARGET_DIR=$cache/cargo-target-$(basename "$root")
+CARGO_TARGET_DIR=$(cargo_target "$root")
 export CARGO_TARGET_DIR
 manifest=(--manifest-path "$top/tools/Cargo.toml")
 cd "$top"
