@@ -387,9 +387,11 @@ impl<T> Device<T> {
 
     /// Whether the driver has stopped a transmit queue.
     pub fn is_queue_stopped(&self, index: u16) -> bool {
+        let Some(queue) = self.queue(index) else {
+            return false;
+        };
         // SAFETY: A queue of the device is valid as long as the device is.
-        self.queue(index)
-            .is_some_and(|queue| unsafe { bindings::netif_tx_queue_stopped(queue.as_ptr()) })
+        unsafe { bindings::netif_tx_queue_stopped(queue.as_ptr()) }
     }
 
     /// Wakes a transmit queue.
@@ -642,18 +644,27 @@ impl<T: Driver> Ops<T> {
         unsafe { Device::from_raw(dev) }
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_open` of a registered device of the driver `T`.
     unsafe extern "C" fn open(dev: *mut bindings::net_device) -> c_int {
         // SAFETY: The core calls this with a registered device and the RTNL held.
         let (dev, rtnl) = unsafe { (Self::device(dev), Rtnl::assume()) };
         from_result(|| T::open(dev, &rtnl).map(|()| 0))
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_stop` of a registered device of the driver `T`.
     unsafe extern "C" fn stop(dev: *mut bindings::net_device) -> c_int {
         // SAFETY: The core calls this with a registered device and the RTNL held.
         let (dev, rtnl) = unsafe { (Self::device(dev), Rtnl::assume()) };
         from_result(|| T::stop(dev, &rtnl).map(|()| 0))
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_start_xmit` of a registered device of the driver `T`.
     unsafe extern "C" fn start_xmit(
         skb: *mut bindings::sk_buff,
         dev: *mut bindings::net_device,
@@ -687,6 +698,9 @@ impl<T: Driver> Ops<T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_select_queue` of a registered device of the driver `T`.
     unsafe extern "C" fn select_queue(
         dev: *mut bindings::net_device,
         skb: *mut bindings::sk_buff,
@@ -703,6 +717,9 @@ impl<T: Driver> Ops<T> {
         T::select_queue(dev, &mut skb)
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_change_rx_flags` of a registered device of the driver `T`.
     unsafe extern "C" fn change_rx_flags(dev: *mut bindings::net_device, change: c_int) {
         // SAFETY: The core calls this with a registered device and the RTNL held.
         let (dev, rtnl) = unsafe { (Self::device(dev), Rtnl::assume()) };
@@ -715,6 +732,9 @@ impl<T: Driver> Ops<T> {
         );
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_set_rx_mode` of a registered device of the driver `T`.
     unsafe extern "C" fn set_rx_mode(dev: *mut bindings::net_device) {
         // SAFETY: The core calls this with a registered device.
         let dev: &Device<T> = unsafe { Self::device(dev) };
@@ -722,6 +742,9 @@ impl<T: Driver> Ops<T> {
         T::set_rx_mode(dev, &AddressLock(dev));
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_set_features` of a registered device of the driver `T`.
     unsafe extern "C" fn set_features(
         dev: *mut bindings::net_device,
         features: bindings::netdev_features_t,
@@ -731,12 +754,18 @@ impl<T: Driver> Ops<T> {
         from_result(|| T::set_features(dev, Features(features), &rtnl).map(|()| 0))
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_change_mtu` of a registered device of the driver `T`.
     unsafe extern "C" fn change_mtu(dev: *mut bindings::net_device, mtu: c_int) -> c_int {
         // SAFETY: The core calls this with a registered device and the RTNL held.
         let (dev, rtnl) = unsafe { (Self::device(dev), Rtnl::assume()) };
         from_result(|| T::change_mtu(dev, u32::try_from(mtu)?, &rtnl).map(|()| 0))
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_set_mac_address` of a registered device of the driver `T`.
     unsafe extern "C" fn set_mac_address(
         dev: *mut bindings::net_device,
         sockaddr: *mut c_void,
@@ -762,6 +791,9 @@ impl<T: Driver> Ops<T> {
         })
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_get_stats64` of a registered device of the driver `T`.
     unsafe extern "C" fn get_stats64(
         dev: *mut bindings::net_device,
         to: *mut bindings::rtnl_link_stats64,

@@ -250,9 +250,9 @@ pub trait Ethtool: Sized {
 }
 
 /// Bits for "source and destination address" of a hash.
-const HASH_ADDRESSES: u32 = (bindings::RXH_IP_SRC | bindings::RXH_IP_DST) as u32;
+const HASH_ADDRESSES: u32 = bindings::RXH_IP_SRC | bindings::RXH_IP_DST;
 /// Bits for the ports.
-const HASH_PORTS: u32 = (bindings::RXH_L4_B_0_1 | bindings::RXH_L4_B_2_3) as u32;
+const HASH_PORTS: u32 = bindings::RXH_L4_B_0_1 | bindings::RXH_L4_B_2_3;
 
 /// The transport protocol of a flow type.
 fn flow_protocol(flow_type: u32) -> Option<L4> {
@@ -305,6 +305,9 @@ impl<T: Driver> EthtoolOps<T> {
         unsafe { (Device::from_raw(dev), Rtnl::assume()) }
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_drvinfo` of a registered device of the driver `T`.
     unsafe extern "C" fn get_drvinfo(
         _dev: *mut bindings::net_device,
         info: *mut bindings::ethtool_drvinfo,
@@ -321,10 +324,16 @@ impl<T: Driver> EthtoolOps<T> {
         copy(&mut info.fw_version, c"N/A");
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_regs_len` of a registered device of the driver `T`.
     unsafe extern "C" fn get_regs_len(_dev: *mut bindings::net_device) -> c_int {
         (T::REGISTERS.1 * size_of::<u32>()) as c_int
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_regs` of a registered device of the driver `T`.
     unsafe extern "C" fn get_regs(
         dev: *mut bindings::net_device,
         regs: *mut bindings::ethtool_regs,
@@ -342,18 +351,27 @@ impl<T: Driver> EthtoolOps<T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_msglevel` of a registered device of the driver `T`.
     unsafe extern "C" fn get_msglevel(dev: *mut bindings::net_device) -> u32 {
         // SAFETY: The core calls this in the right context.
         let (dev, _rtnl) = unsafe { Self::enter(dev) };
         T::message_level(dev).0
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `set_msglevel` of a registered device of the driver `T`.
     unsafe extern "C" fn set_msglevel(dev: *mut bindings::net_device, level: u32) {
         // SAFETY: The core calls this in the right context.
         let (dev, _rtnl) = unsafe { Self::enter(dev) };
         T::set_message_level(dev, MessageLevel(level));
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_sset_count` of a registered device of the driver `T`.
     unsafe extern "C" fn get_sset_count(dev: *mut bindings::net_device, set: c_int) -> c_int {
         // SAFETY: The core calls this in the right context.
         let (dev, rtnl) = unsafe { Self::enter(dev) };
@@ -366,6 +384,9 @@ impl<T: Driver> EthtoolOps<T> {
         })
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_strings` of a registered device of the driver `T`.
     unsafe extern "C" fn get_strings(dev: *mut bindings::net_device, set: u32, to: *mut u8) {
         // SAFETY: The core calls this in the right context.
         let (dev, rtnl) = unsafe { Self::enter(dev) };
@@ -381,6 +402,9 @@ impl<T: Driver> EthtoolOps<T> {
         T::stat_names(dev, &mut Strings { rest }, &rtnl);
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_ethtool_stats` of a registered device of the driver `T`.
     unsafe extern "C" fn get_ethtool_stats(
         dev: *mut bindings::net_device,
         stats: *mut bindings::ethtool_stats,
@@ -397,6 +421,9 @@ impl<T: Driver> EthtoolOps<T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_channels` of a registered device of the driver `T`.
     unsafe extern "C" fn get_channels(
         dev: *mut bindings::net_device,
         to: *mut bindings::ethtool_channels,
@@ -411,6 +438,9 @@ impl<T: Driver> EthtoolOps<T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `set_channels` of a registered device of the driver `T`.
     unsafe extern "C" fn set_channels(
         dev: *mut bindings::net_device,
         from: *mut bindings::ethtool_channels,
@@ -429,16 +459,25 @@ impl<T: Driver> EthtoolOps<T> {
         })
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_rx_ring_count` of a registered device of the driver `T`.
     unsafe extern "C" fn get_rx_ring_count(dev: *mut bindings::net_device) -> u32 {
         // SAFETY: The core calls this in the right context.
         let (dev, rtnl) = unsafe { Self::enter(dev) };
         T::channels(dev, &rtnl).count
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_rxfh_key_size` of a registered device of the driver `T`.
     unsafe extern "C" fn get_rxfh_key_size(_dev: *mut bindings::net_device) -> u32 {
         T::KEY_SIZE as u32
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_rxfh_indir_size` of a registered device of the driver `T`.
     unsafe extern "C" fn get_rxfh_indir_size(dev: *mut bindings::net_device) -> u32 {
         // SAFETY: The core calls this in the right context.
         let (dev, rtnl) = unsafe { Self::enter(dev) };
@@ -461,6 +500,9 @@ impl<T: Driver> EthtoolOps<T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_rxfh` of a registered device of the driver `T`.
     unsafe extern "C" fn get_rxfh(
         dev: *mut bindings::net_device,
         param: *mut bindings::ethtool_rxfh_param,
@@ -475,6 +517,9 @@ impl<T: Driver> EthtoolOps<T> {
         from_result(|| T::rxfh(dev, &mut rxfh, &rtnl).map(|()| 0))
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `set_rxfh` of a registered device of the driver `T`.
     unsafe extern "C" fn set_rxfh(
         dev: *mut bindings::net_device,
         param: *mut bindings::ethtool_rxfh_param,
@@ -489,6 +534,9 @@ impl<T: Driver> EthtoolOps<T> {
         from_result(|| T::set_rxfh(dev, &mut rxfh, &rtnl).map(|()| 0))
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_rxfh_fields` of a registered device of the driver `T`.
     unsafe extern "C" fn get_rxfh_fields(
         dev: *mut bindings::net_device,
         info: *mut bindings::ethtool_rxfh_fields,
@@ -506,6 +554,9 @@ impl<T: Driver> EthtoolOps<T> {
         0
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `set_rxfh_fields` of a registered device of the driver `T`.
     unsafe extern "C" fn set_rxfh_fields(
         dev: *mut bindings::net_device,
         info: *const bindings::ethtool_rxfh_fields,
@@ -526,6 +577,9 @@ impl<T: Driver> EthtoolOps<T> {
         })
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_link_ksettings` of a registered device of the driver `T`.
     unsafe extern "C" fn get_link_ksettings(
         dev: *mut bindings::net_device,
         to: *mut bindings::ethtool_link_ksettings,
@@ -535,6 +589,9 @@ impl<T: Driver> EthtoolOps<T> {
         from_result(|| T::link_settings(dev, &mut LinkSettings(to, PhantomData), &rtnl).map(|()| 0))
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `set_link_ksettings` of a registered device of the driver `T`.
     unsafe extern "C" fn set_link_ksettings(
         dev: *mut bindings::net_device,
         from: *const bindings::ethtool_link_ksettings,
@@ -547,6 +604,9 @@ impl<T: Driver> EthtoolOps<T> {
         })
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_ringparam` of a registered device of the driver `T`.
     unsafe extern "C" fn get_ringparam(
         dev: *mut bindings::net_device,
         to: *mut bindings::ethtool_ringparam,
@@ -567,6 +627,9 @@ impl<T: Driver> EthtoolOps<T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as `set_ringparam` of a registered device of the driver `T`.
     unsafe extern "C" fn set_ringparam(
         dev: *mut bindings::net_device,
         from: *mut bindings::ethtool_ringparam,

@@ -107,6 +107,9 @@ impl<T: Driver> Joined<T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, to `receive` a packet of a device whose handler this is.
     unsafe extern "C" fn receive(
         skb: *mut *mut bindings::sk_buff,
     ) -> bindings::rx_handler_result_t {

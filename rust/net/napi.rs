@@ -220,6 +220,9 @@ impl<P: Poll> Napi<P> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only the core calls this, as the poll (callback) of the `napi_struct` in a `Napi<P>`.
     unsafe extern "C" fn callback(napi: *mut bindings::napi_struct, budget: c_int) -> c_int {
         // SAFETY: The structure lies in a `Napi<P>`, which is pinned and alive: dropping it waits
         // for us.

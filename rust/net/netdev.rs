@@ -244,10 +244,11 @@ impl NetDevice {
         if !is_pci {
             return None;
         }
+        if name.is_null() {
+            return Some(None);
+        }
         // SAFETY: See above; a slot's name is a C string.
-        Some(
-            NonNull::new(name.cast_mut()).map(|name| unsafe { CStr::from_char_ptr(name.as_ptr()) }),
-        )
+        Some(Some(unsafe { CStr::from_char_ptr(name) }))
     }
 
     /// The device that is master of this one.

@@ -321,23 +321,25 @@ fn attach(dev: &Device<Netvsc>, config: &Config, rtnl: &Rtnl) -> Result {
     Ok(())
 }
 
-/// Makes the connection anew with other settings. If that fails the old ones are restored; `undo`
-/// and `what` say what else to restore, and how to call it.
+/// Makes the connection anew with other settings, and another MTU if one is given. If that fails the
+/// old ones are restored; `what` is how to call them.
 pub(crate) fn reconnect(
     dev: &Device<Netvsc>,
     shared: Arc<Shared>,
     old: &Config,
     new: &Config,
-    rtnl: &Rtnl,
-    change: impl FnOnce(),
-    undo: impl FnOnce(),
+    mtu: Option<u32>,
     what: &str,
+    rtnl: &Rtnl,
 ) -> Result {
+    let old_mtu = dev.mtu();
     detach(dev, shared, rtnl)?;
-    change();
+    if let Some(mtu) = mtu {
+        dev.set_mtu(mtu, rtnl);
+    }
     let result = attach(dev, new, rtnl);
     if result.is_err() {
-        undo();
+        dev.set_mtu(old_mtu, rtnl);
         if attach(dev, old, rtnl).is_err() {
             netdev_err!(dev, "restoring {} failed\n", what);
         }
@@ -423,8 +425,8 @@ impl Driver for Netvsc {
         } else {
             pick_queue(dev, skb)
         };
-        // The number of queues never is zero.
-        queue % (dev.num_tx_queues().clamp(1, u16::MAX.into()) as u16)
+        let queues = dev.num_tx_queues();
+        u32::from(queue).checked_rem(queues).unwrap_or(0) as u16
     }
 
     fn change_rx_flags(dev: &Device<Self>, promiscuous: bool, allmulti: bool, rtnl: &Rtnl) {
@@ -475,16 +477,7 @@ impl Driver for Netvsc {
         if let Some(vf) = &vf {
             vf.change_mtu(mtu, rtnl)?;
         }
-        let result = reconnect(
-            dev,
-            shared,
-            &config,
-            &config,
-            rtnl,
-            || dev.set_mtu(mtu, rtnl),
-            || dev.set_mtu(old, rtnl),
-            "mtu",
-        );
+        let result = reconnect(dev, shared, &config, &config, Some(mtu), "mtu", rtnl);
         if result.is_err() {
             if let Some(vf) = &vf {
                 let _ = vf.change_mtu(old, rtnl);
@@ -549,7 +542,7 @@ fn pick_queue(dev: &Device<Netvsc>, skb: &mut SkBuff) -> u16 {
         .get(entry)
         .map_or(0, |entry| entry.load(Relaxed));
     // The host may say anything.
-    let queue = (channel % dev.num_tx_queues().max(1)) as u16;
+    let queue = channel.checked_rem(dev.num_tx_queues()).unwrap_or(0) as u16;
     if old != Some(queue) {
         skb.remember_socket_queue(queue);
     }

@@ -66,9 +66,9 @@ fn sizes(shared: &Shared) -> Option<RingSizes> {
     let config = present_config(shared).ok()?;
     Some(RingSizes {
         rx: config.recv_sections,
-        rx_max: max_recv_buffer(shared.version()) / config.recv_section_size,
+        rx_max: max_recv_buffer(shared.version()).checked_div(config.recv_section_size)?,
         tx: config.send_sections,
-        tx_max: MAX_SEND_BUFFER / config.send_section_size,
+        tx_max: MAX_SEND_BUFFER.checked_div(config.send_section_size)?,
     })
 }
 
@@ -179,16 +179,7 @@ impl Ethtool for Netvsc {
         let old = present_config(&shared)?;
         let mut new = old.clone();
         new.channels = count;
-        reconnect(
-            dev,
-            shared,
-            &old,
-            &new,
-            rtnl,
-            || {},
-            || {},
-            "channel setting",
-        )
+        reconnect(dev, shared, &old, &new, None, "channel setting", rtnl)
     }
 
     fn ring_sizes(dev: &Device<Self>, _rtnl: &Rtnl) -> Option<RingSizes> {
@@ -205,7 +196,7 @@ impl Ethtool for Netvsc {
         if new.send_sections == old.send_sections && new.recv_sections == old.recv_sections {
             return Ok(());
         }
-        reconnect(dev, shared, &old, &new, rtnl, || {}, || {}, "ringparam")
+        reconnect(dev, shared, &old, &new, None, "ringparam", rtnl)
     }
 
     fn table_size(dev: &Device<Self>, _rtnl: &Rtnl) -> usize {

@@ -243,11 +243,11 @@ impl RxPoll {
         guard: &rcu::Guard,
     ) -> i32 {
         let dev = context.device();
-        let log = dev.data().logs(MessageLevel::RX_ERR) && net_ratelimit();
+        let log = || dev.data().logs(MessageLevel::RX_ERR) && net_ratelimit();
         match nvsp::message_type(packet.payload()) {
             Ok(nvsp::MessageType::SEND_RNDIS_PACKET) => {}
             other => {
-                if log {
+                if log() {
                     netdev_err!(dev, "Unknown nvsp packet type received {:?}\n", other);
                 }
                 return 0;
@@ -256,7 +256,7 @@ impl RxPoll {
         let pages = match packet.transfer_pages() {
             Ok(pages) if pages.pageset_id() == nvsp::RECEIVE_BUFFER_ID => pages,
             Ok(pages) => {
-                if log {
+                if log() {
                     netdev_err!(
                         dev,
                         "Invalid xfer page set id - expecting {:x} got {:x}\n",
@@ -267,7 +267,7 @@ impl RxPoll {
                 return 0;
             }
             Err(_) => {
-                if log {
+                if log() {
                     netdev_err!(dev, "Range count is not valid\n");
                 }
                 return 0;
@@ -284,7 +284,7 @@ impl RxPoll {
                 .ok_or(ENODEV)
                 .and_then(|buffer| {
                     let bytes = buffer.message(offset, len).inspect_err(|_| {
-                        if log {
+                        if log() {
                             netdev_err!(dev, "Packet offset:{} + len:{} too big\n", offset, len);
                         }
                     })?;
