@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::cpio::Archive;
+use crate::signals;
 
 /// Processor of level 1: AMD's virtualization, no XSAVE (inconsistent for nested guests under emulation).
 const CPU: &str = "Opteron_G3,-misalignsse,+svm,+npt,+x2apic";
@@ -33,6 +34,10 @@ const STDIN_PORT: &str = "hvlab.stdin";
 const STDOUT_PORT: &str = "hvlab.stdout";
 const STDERR_PORT: &str = "hvlab.stderr";
 const STATUS_PORT: &str = "hvlab.status";
+/// The first line of the status port; the last is "exit" with the exit status.
+const STARTED: &str = "started";
+/// The file with the console of level 1's kernel.
+const CONSOLE: &str = "console";
 /// What QEMU has after level 1's last word until it must have ended.
 const POWER_OFF: Duration = Duration::from_secs(20);
 
@@ -232,7 +237,7 @@ impl Launch {
         .arg("-initrd")
         .arg(dir.join("initrd"))
         .args(["-append", CMDLINE])
-        .args(["-serial", &format!("file:{}", escape(&dir.join("console")))])
+        .args(["-serial", &format!("file:{}", escape(&dir.join(CONSOLE)))])
         .args(["-device", "virtio-rng-pci"])
         .args(["-device", "virtio-serial-pci,max_ports=31"]);
         let mut port = |name: &str, backend: &str| {
@@ -272,8 +277,13 @@ impl Launch {
 
     /// Runs the command, writes its output to `stdout` and our standard error, and gives its exit status.
     pub fn run(&self, mut stdout: impl Write + Send + 'static) -> Result<i32, Level1Error> {
-        let dir = ScratchDir::new()?;
-        let dir = &dir.0;
+        let scratch = ScratchDir::new()?;
+        let dir = scratch.0.as_path();
+        let _on_signal = signals::clean_up_by({
+            let dir = dir.to_owned();
+            // What is left of it if this fails does no harm.
+            move || drop(fs::remove_dir_all(dir))
+        });
         let initrd = dir.join("initrd");
         File::create(&initrd)
             .and_then(|mut file| {
@@ -291,6 +301,15 @@ impl Launch {
             .map_err(file_error(&initrd))?;
         drop(archive);
 
+        // QEMU opens the same file.
+        let path = dir.join(CONSOLE);
+        let mut console = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(file_error(&path))?;
         let listen = |name: &str| {
             let path = dir.join(name);
             UnixListener::bind(&path).map_err(file_error(&path))
@@ -343,11 +362,19 @@ impl Launch {
                 copy_out(stream, &mut io::stderr());
             }
         });
+        let in_use = dir.to_owned();
         let reader = thread::spawn(move || -> Option<i32> {
             let (stream, _) = status.accept().ok()?;
-            let mut line = String::new();
-            BufReader::new(stream).read_line(&mut line).ok()?;
-            line.strip_prefix("exit ")?.trim().parse().ok()
+            for line in BufReader::new(stream).lines() {
+                let line = line.ok()?;
+                if line == STARTED {
+                    // Level 1 has all it needs: leave nothing behind even if we are killed.
+                    let _ = fs::remove_dir_all(&in_use);
+                } else if let Some(code) = line.strip_prefix("exit ") {
+                    return code.parse().ok();
+                }
+            }
+            None
         });
         // The last word comes before the end; without one, the end of QEMU ends the connection.
         let mut ended = None;
@@ -366,7 +393,10 @@ impl Launch {
             .then(|| reader.join().ok().flatten())
             .flatten();
         let Some(code) = code else {
-            let console = fs::read(dir.join("console")).unwrap_or_default();
+            let mut text = Vec::new();
+            // Whatever can be read of it helps.
+            let _ = console.read_to_end(&mut text);
+            let console = text;
             let console = String::from_utf8_lossy(&console);
             let lines: Vec<_> = console.lines().collect();
             return Err(Level1Error::Died {

@@ -7,6 +7,7 @@ mod level1;
 mod run;
 mod scenario;
 mod shell;
+mod signals;
 
 use clap::{Parser, Subcommand};
 
@@ -51,6 +52,10 @@ fn usable_kvm() -> bool {
 fn main() {
     if level1::init::is_init() {
         level1::init::run();
+    }
+    if let Err(error) = signals::watch() {
+        eprintln!("hvlab: {error}");
+        std::process::exit(1);
     }
     let result = match Cli::parse().command {
         Command::Run(args) if usable_kvm() => run::run(&args),

@@ -12,6 +12,7 @@ use vmm::{Config, Console, ExitReason, Vm};
 use crate::cpio::Archive;
 use crate::host::{Host, HostArgs};
 use crate::level1::Launch;
+use crate::signals;
 
 /// Where level 1 has what we brought along.
 const LEVEL1_KERNEL: &str = "/lab/kernel";
@@ -251,7 +252,10 @@ fn kernel_release(kernel: &Path) -> Result<String> {
 }
 
 /// The terminal in raw mode, until dropped.
-struct RawTerminal(libc::termios);
+struct RawTerminal {
+    saved: libc::termios,
+    _on_signal: signals::Registered,
+}
 
 impl RawTerminal {
     fn new() -> Option<Self> {
@@ -270,17 +274,24 @@ impl RawTerminal {
         if got != 0 || lock.set_raw_mode().is_err() {
             return None;
         }
-        Some(Self(saved))
+        Some(Self {
+            saved,
+            _on_signal: signals::clean_up_by(move || restore(&saved)),
+        })
+    }
+}
+
+fn restore(saved: &libc::termios) {
+    // SAFETY: the pointer is to a termios of ours that lives through the call.
+    #[expect(unsafe_code)]
+    unsafe {
+        libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, saved);
     }
 }
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        // SAFETY: the pointer is to a termios of ours that lives through the call.
-        #[expect(unsafe_code)]
-        unsafe {
-            libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &self.0);
-        }
+        restore(&self.saved);
     }
 }
 
@@ -327,7 +338,10 @@ pub fn run(args: &Args) -> Result<i32> {
         .start(host.hypercalls())
         .map_err(|error| error.to_string())?;
     host.serve(handle.stopper(), args.control.as_deref())?;
+    let stopper = handle.stopper();
+    let on_signal = signals::end_by(move || stopper.stop());
     let reason = handle.wait();
+    drop(on_signal);
     drop(host);
     drop(terminal);
     let code = match &reason {

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Job, PortLink, STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT};
+use super::{Job, PortLink, STARTED, STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT};
 
 /// Where the initramfs has it.
 const JOB: &str = "/lab/job.json";
@@ -31,16 +31,20 @@ pub fn is_init() -> bool {
 
 /// Does the job and switches the machine off.
 pub fn run() -> ! {
-    let code = match job() {
-        Ok(code) => code,
+    let mut status = match open_port(STATUS_PORT) {
+        Ok(status) => status,
         Err(error) => {
+            // The console's last lines are what the other side shows then.
             eprintln!("hvlab: level 1: {error}");
-            125
+            power_off();
         }
     };
-    if let Ok(mut status) = open_port(STATUS_PORT) {
-        let _ = writeln!(status, "exit {code}");
-    }
+    let _ = writeln!(status, "{STARTED}");
+    let code = job().unwrap_or_else(|error| {
+        eprintln!("hvlab: level 1: {error}");
+        125
+    });
+    let _ = writeln!(status, "exit {code}");
     power_off()
 }
 
