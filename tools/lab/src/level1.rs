@@ -27,7 +27,7 @@ use crate::signals;
 const CPU: &str = "Opteron_G3,-misalignsse,+svm,+npt,+x2apic";
 /// Kernel arguments of level 1.
 const CMDLINE: &str =
-    "console=ttyS0 quiet panic=-1 mitigations=off nokaslr clocksource=tsc tsc=reliable \
+    "console=ttyS0 quiet panic=-1 mitigations=off nokaslr clocksource=tsc tsc=reliable no_timer_check \
      random.trust_bootloader=on kvm.halt_poll_ns=0";
 /// The standard streams have a port each; status another.
 const STDIN_PORT: &str = "hvlab.stdin";
