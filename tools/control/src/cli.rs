@@ -68,6 +68,12 @@ enum Command {
         #[arg(default_value_t = 0)]
         nic: u32,
     },
+    /// Let the VF ask its driver to reset it.
+    ResetVf {
+        /// Number of the NIC.
+        #[arg(default_value_t = 0)]
+        nic: u32,
+    },
     /// Tell the guest that the NIC has a VF, or that it has none.
     SetAssociation {
         /// The state.
@@ -167,6 +173,7 @@ impl Command {
                 nic,
                 up: matches!(link, Link::Up),
             },
+            Self::ResetVf { nic } => Request::ResetVf { nic },
             Self::SetAssociation { on, nic } => Request::SetAssociation {
                 nic,
                 on: matches!(on, Switch::On),

@@ -12,8 +12,8 @@ use std::{
 
 use crate::{Reply, Request, Response};
 
-/// How long a reply may take that needs no action of the guest beyond a device removal.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(90);
+/// How long a reply may take: for a removal, a guest gets 30 seconds to give the VF up and 60 to release its bus.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A request failed.
 #[derive(Debug, thiserror::Error)]

@@ -56,6 +56,11 @@ pub enum Request {
         /// Up or down.
         up: bool,
     },
+    /// Lets the VF ask its driver to reset it, as after a failure of the hardware.
+    ResetVf {
+        /// The NIC.
+        nic: u32,
+    },
     /// Sends the association message alone.
     SetAssociation {
         /// The NIC.
@@ -243,6 +248,9 @@ pub trait Lab: Send + Sync {
     /// See [`Request::VfLink`].
     fn set_vf_link(&self, nic: u32, up: bool) -> Result<(), String>;
 
+    /// See [`Request::ResetVf`].
+    fn reset_vf(&self, nic: u32) -> Result<(), String>;
+
     /// See [`Request::SetAssociation`].
     fn set_association(&self, nic: u32, on: bool) -> Result<(), String>;
 
@@ -280,6 +288,7 @@ pub fn execute(lab: &dyn Lab, request: &Request) -> Response {
         Request::AddVf { nic } => lab.add_vf(nic),
         Request::RemoveVf { nic } => lab.remove_vf(nic),
         Request::VfLink { nic, up } => lab.set_vf_link(nic, up),
+        Request::ResetVf { nic } => lab.reset_vf(nic),
         Request::SetAssociation { nic, on } => lab.set_association(nic, on),
         Request::Eject { nic } => lab.eject(nic),
         Request::Rescind { nic, device } => lab.rescind(nic, device),

@@ -38,6 +38,10 @@ impl Lab for Recorder {
         self.add(format!("vf-link {nic} {up}"))
     }
 
+    fn reset_vf(&self, nic: u32) -> Result<(), String> {
+        self.add(format!("reset-vf {nic}"))
+    }
+
     fn set_association(&self, nic: u32, on: bool) -> Result<(), String> {
         self.add(format!("association {nic} {on}"))
     }
@@ -109,6 +113,7 @@ fn requests_reach_the_lab() {
         Request::AddVf { nic: 1 },
         Request::RemoveVf { nic: 2 },
         Request::VfLink { nic: 0, up: false },
+        Request::ResetVf { nic: 0 },
         Request::SetAssociation { nic: 0, on: true },
         Request::Rescind {
             nic: 0,
@@ -133,6 +138,7 @@ fn requests_reach_the_lab() {
             "add 1",
             "remove 2",
             "vf-link 0 false",
+            "reset-vf 0",
             "association 0 true",
             "rescind 0 Vf",
             "offer 0 Nic",

@@ -186,6 +186,10 @@ impl Lab for Devices {
         self.nic(nic)?.set_vf_link(up)
     }
 
+    fn reset_vf(&self, nic: u32) -> Result<(), String> {
+        self.nic(nic)?.reset_vf()
+    }
+
     fn set_association(&self, nic: u32, on: bool) -> Result<(), String> {
         self.nic(nic)?.set_association(on);
         Ok(())

@@ -21,8 +21,9 @@ use super::Devices;
 
 /// What a guest may take to give a VF up when asked to.
 const EJECT: Duration = Duration::from_secs(30);
-/// What a guest may take to release a rescinded device.
-const RELEASE: Duration = Duration::from_secs(30);
+/// What a guest may take to release a rescinded device. The mana driver of a VF that has gone without warning waits
+/// 30 seconds for an answer.
+const RELEASE: Duration = Duration::from_secs(60);
 /// What the driver of the synthetic device may take to be told of its VF.
 const TELL: Duration = Duration::from_secs(5);
 /// First version of NVSP in which a driver can be told of a VF.
@@ -353,6 +354,22 @@ impl LabNic {
             vf.function.set_link(up);
         }
         Ok(())
+    }
+
+    /// Lets the VF ask its driver to reset it.
+    pub(super) fn reset_vf(&self) -> Result<(), String> {
+        let function = match &lock(&self.vf).present {
+            Some(vf) => vf.function.clone(),
+            None => return Err(format!("{} has no VF now", self.name())),
+        };
+        if function.request_reset() {
+            Ok(())
+        } else {
+            Err(format!(
+                "{}: no driver is there to reset it",
+                self.vf_options.name
+            ))
+        }
     }
 
     /// The state for the control socket.
