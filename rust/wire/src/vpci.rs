@@ -887,7 +887,7 @@ pub fn bars(masks: &[u32; BARS]) -> impl Iterator<Item = core::result::Result<Ba
         } else {
             u32::MAX
         };
-        let mask = (u64::from(high) << 32 | u64::from(low)) & ADDRESS_MASK;
+        let mask = ((u64::from(high) << 32) | u64::from(low)) & ADDRESS_MASK;
         // The lowest bit that can be changed is the size, and all above can be changed, too.
         let size = mask & mask.wrapping_neg();
         let limit = if is_64bit { u64::MAX } else { 1 << 31 };
