@@ -318,6 +318,7 @@ fn attach(dev: &Device<Netvsc>, config: &Config, rtnl: &Rtnl) -> Result {
             dev.set_carrier(true);
         }
     }
+    vf::restore_data_path(dev);
     Ok(())
 }
 

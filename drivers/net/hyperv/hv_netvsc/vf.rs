@@ -273,6 +273,22 @@ fn switch(dev: &Device<Netvsc>, to_vf: bool) -> Result {
     }
 }
 
+/// After the connection was made anew: tells the host of the data path that is in use.
+pub(crate) fn restore_data_path(dev: &Device<Netvsc>) {
+    let bond = &dev.data().bond;
+    if bond.data_path_is_vf.load(Relaxed) {
+        if let Err(e) = switch(dev, true) {
+            // The next event of the VF is another chance.
+            bond.data_path_is_vf.store(false, Relaxed);
+            netdev_err!(
+                dev,
+                "Data path failed to switch to VF, err: {}\n",
+                e.to_errno()
+            );
+        }
+    }
+}
+
 /// The VF went up or down, or changed.
 fn changed(vf: &NetDevice, event: Event, rtnl: &Rtnl) -> Reaction {
     let Some(dev) = vf.master(rtnl).and_then(|master| find(master, rtnl)) else {
@@ -340,13 +356,15 @@ pub(crate) fn release(dev: &Device<Netvsc>, rtnl: &Rtnl) {
     // A device that is unregistered goes down first. When this device goes instead, the VF is still
     // up, and the host is to be told.
     if bond.data_path_is_vf.load(Relaxed) {
-        if let Err(e) = switch(dev, false) {
-            netdev_err!(
+        match switch(dev, false) {
+            // A device that was taken back has no data path.
+            Err(e) if e != ENODEV => netdev_err!(
                 dev,
                 "Data path failed to switch from VF: {}, err: {}\n",
                 vf.name(),
                 e.to_errno()
-            );
+            ),
+            _ => {}
         }
     }
     bond.associated.reinit();
