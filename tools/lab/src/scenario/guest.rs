@@ -130,11 +130,11 @@ pub struct Boot {
 }
 
 impl Boot {
-    /// A guest with these NICs and two processors.
+    /// A guest with these NICs and one processor.
     pub fn new(nics: Vec<Nic>) -> Self {
         Self {
             nics,
-            cpus: 2,
+            cpus: 1,
             append: String::new(),
             vmbus_version: None,
             nvsp_version: None,
@@ -215,8 +215,9 @@ impl Guest {
                 nic.serial,
                 nic.index
             );
+            text += &format!(",bus={}", nic.bus);
             if nic.vf {
-                text += &format!(",vf=mana,bus={}", nic.bus);
+                text += ",vf=mana";
             }
             command.args(["--nic", &text]);
         }
@@ -242,9 +243,9 @@ impl Guest {
             .spawn()
             .map_err(|error| format!("{}: {error}", lab.hvlab.display()))?;
         let connected = (|| {
-            let host = Host::connect(&socket("control.sock"))?;
             let pid = nix::unistd::Pid::from_raw(process.id() as i32);
             let alive = || !ended(pid);
+            let host = Host::connect(&socket("control.sock"), alive)?;
             let agent = Client::connect(&socket("agent.sock"), BOOT, alive)?;
             Result::Ok((agent, host))
         })();

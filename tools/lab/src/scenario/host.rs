@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lab_control::{Client, DataPath, NicStatus, Reply, Request, Status};
 
@@ -22,11 +22,19 @@ pub struct Host {
 }
 
 impl Host {
-    /// Connects to a host that is just starting.
-    pub fn connect(path: &Path) -> Result<Self> {
+    /// Connects to a host that is just starting, as long as it is alive.
+    pub fn connect(path: &Path, alive: impl Fn() -> bool) -> Result<Self> {
+        let deadline = Instant::now() + CONNECT;
+        let client = loop {
+            match Client::connect(path, Duration::ZERO) {
+                Ok(client) => break client,
+                Err(error) if Instant::now() >= deadline || !alive() => return Err(error.into()),
+                Err(_) => thread::sleep(Duration::from_millis(50)),
+            }
+        };
         Ok(Self {
             path: path.to_owned(),
-            client: Mutex::new(Client::connect(path, CONNECT)?),
+            client: Mutex::new(client),
         })
     }
 

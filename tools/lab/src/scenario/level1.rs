@@ -80,6 +80,7 @@ fn import(way: &Path, output: &Path) -> Result<()> {
 /// What the machines report together.
 struct Merged {
     tap: Tap,
+    output: String,
     measurements: Measurements,
 }
 
@@ -104,10 +105,11 @@ impl Merged {
         } else if let Some(rest) = line.strip_prefix("ok ") {
             self.tap.check(&name(rest), Ok(()));
         } else if let Some(text) = line.strip_prefix("# ") {
-            // The machine's own clock is of no interest here.
+            // The machine's own clock is of no interest.
             if let Some((_, text)) = text.split_once(" s  ") {
                 self.measurement(text);
-                self.tap.note(text);
+                // Logs come out of the machine at its end.
+                self.tap.note(&text.replace(OUTPUT, &self.output));
             }
         } else if !line.starts_with("1..") && !line.contains(" passed, ") {
             self.tap.note(line);
@@ -147,6 +149,7 @@ pub fn run(options: &TestOptions) -> Result<bool> {
     let sets = options.drivers.sets();
     let merged = Mutex::new(Merged {
         tap: Tap::new(Box::new(std::io::stdout())),
+        output: options.output.display().to_string(),
         measurements: Measurements::new(),
     });
     let lock = || merged.lock().unwrap_or_else(PoisonError::into_inner);

@@ -71,7 +71,7 @@ impl<'a> Link<'a> {
             }
         );
         if what.udp {
-            command += " -u -b 4M -l 1200";
+            command += " -u -b 2M -l 1200";
         }
         if what.reverse {
             command += " -R";

@@ -67,8 +67,8 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     context.check("ethtool -S, -l and -L work on the VF and on eth0", || {
         let name = nic.vf_name();
         guest.sh(&format!(
-            "ethtool -S {name} && ethtool -l {name} && ethtool -l eth0 && ethtool -L {name} combined 1 && \
-             ethtool -L {name} combined 2 && ethtool -L eth0 combined 1 && ethtool -L eth0 combined 2"
+            "ethtool -S {name} && ethtool -l {name} && ethtool -l eth0 && for i in 1 $(nproc); do \
+             ethtool -L {name} combined $i && ethtool -L eth0 combined $i || exit 1; done"
         ))?;
         bonded(&guest, &nic)?;
         link.pings()
