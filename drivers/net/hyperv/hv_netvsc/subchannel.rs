@@ -154,9 +154,6 @@ fn spread(dev: &Device<Netvsc>, shared: &Shared, rtnl: &Rtnl) {
     let queues = shared.num_queues() as u16;
     let keep = dev.is_rxfh_configured(rtnl);
     let mut rss = dev.data().rss.lock();
-    if rss.table.is_empty() || queues < 2 {
-        return;
-    }
     for (i, entry) in rss.table.iter_mut().enumerate() {
         if !keep {
             *entry = (i % usize::from(queues)) as u16;
@@ -165,8 +162,10 @@ fn spread(dev: &Device<Netvsc>, shared: &Shared, rtnl: &Rtnl) {
             *entry %= queues;
         }
     }
-    // Without it there still are the channels.
-    let _ = set_rss(dev, shared, &rss.table, &rss.key);
+    if queues > 1 && !rss.table.is_empty() {
+        // Without it there still are the channels.
+        let _ = set_rss(dev, shared, &rss.table, &rss.key);
+    }
 }
 
 /// Tells the host how to spread received packets.
