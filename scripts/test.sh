@@ -108,9 +108,10 @@ if [ $lint_only = no ] && [ "$built" -ne 0 ]; then
 	result 1 "scenarios: not run, for the build failed"
 elif [ $lint_only = no ]; then
 	check "the guest image is made" "$top/scripts/lab.sh" --prepare
-	# Both driver sets in one run, which compares them.
+	# Both driver sets in one run, which compares them.  The limit is for a machine
+	# that hangs: every check has a deadline of its own.
 	counted "scenarios" 's/^([0-9]+) passed, ([0-9]+) failed$/\1 \2/p' \
-		"$top/scripts/lab.sh" test --output "$build/lab-output"
+		timeout -k 30 55m "$top/scripts/lab.sh" test --output "$build/lab-output"
 fi
 
 say "all done ($(took))"
