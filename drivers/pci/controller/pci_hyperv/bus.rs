@@ -26,7 +26,12 @@ use kernel::{
         Mutex,
         SetOnce, //
     },
-    time::Delta,
+    time::{
+        delay::fsleep,
+        Delta,
+        Instant,
+        Monotonic, //
+    },
     workqueue::{
         impl_has_work,
         new_work,
@@ -58,6 +63,9 @@ use crate::{
         Response, //
     },
 };
+
+/// How often to look for room in a full ring.
+const RING_POLL: Delta = Delta::from_millis(1);
 
 /// A function on the bus, as the host described it.
 #[pin_data]
@@ -222,8 +230,20 @@ impl Bus {
     /// Sends a request and waits for the answer.
     pub(crate) fn request(&self, message: &[u8], timeout: Delta) -> Result<Response> {
         let request = self.requests.begin()?;
-        self.ring()?
-            .send_inband(message, request.id(), Reply::Wanted)?;
+        let start = Instant::<Monotonic>::now();
+        loop {
+            let sent = self
+                .ring()?
+                .send_inband(message, request.id(), Reply::Wanted);
+            match sent {
+                // The ring is full: let the host read.
+                Err(e) if e == EAGAIN && start.elapsed() < timeout => fsleep(RING_POLL),
+                sent => {
+                    sent?;
+                    break;
+                }
+            }
+        }
         self.wait_for(request.done(), timeout)?;
         request.response().ok_or(eproto())
     }
