@@ -109,8 +109,8 @@ pub enum ExitReason {
     PowerOff,
     /// The guest wants to start anew.
     Reset,
-    /// The guest reported a crash.
-    Crash,
+    /// The guest reported a crash, with these parameters, before it ended.
+    Crash([u64; vcpu::CRASH_PARAMETERS]),
     /// The guest faulted beyond repair.
     TripleFault,
     /// It was asked to stop.
@@ -124,7 +124,7 @@ impl fmt::Display for ExitReason {
         match self {
             Self::PowerOff => f.write_str("the guest switched itself off"),
             Self::Reset => f.write_str("the guest asked for a reset"),
-            Self::Crash => f.write_str("the guest reported a crash"),
+            Self::Crash(parameters) => write!(f, "the guest reported a crash: {parameters:x?}"),
             Self::TripleFault => f.write_str("the guest died of a triple fault"),
             Self::Stopped => f.write_str("stopped from outside"),
             Self::Error(error) => write!(f, "machine error: {error}"),
@@ -401,6 +401,7 @@ impl Vm {
             hypercall_msrs: Mutex::default(),
             exit: Mutex::default(),
             ended: Condvar::new(),
+            crash: Mutex::default(),
         });
         let mut handle = VmHandle {
             guest: guest.clone(),
@@ -488,11 +489,24 @@ struct Guest {
     hypercall_msrs: Mutex<vcpu::HypercallMsrs>,
     exit: Mutex<Option<ExitReason>>,
     ended: Condvar,
+    crash: Mutex<Option<[u64; vcpu::CRASH_PARAMETERS]>>,
 }
 
 impl Guest {
+    /// The guest has crashed. It runs on: it may have a dump to write, and restarts or switches itself off.
+    fn crashed(&self, parameters: [u64; vcpu::CRASH_PARAMETERS]) {
+        let mut crash = self.crash.lock().unwrap_or_else(|error| error.into_inner());
+        crash.get_or_insert(parameters);
+    }
+
     /// Ends the machine. The first reason counts.
     fn end(&self, reason: ExitReason) {
+        let crash = *self.crash.lock().unwrap_or_else(|error| error.into_inner());
+        let reason = match (reason, crash) {
+            (ExitReason::Error(error), _) => ExitReason::Error(error),
+            (_, Some(parameters)) => ExitReason::Crash(parameters),
+            (reason, None) => reason,
+        };
         // A panic while it was held cannot have left it half set.
         let mut exit = self.exit.lock().unwrap_or_else(|error| error.into_inner());
         exit.get_or_insert(reason);

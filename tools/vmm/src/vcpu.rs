@@ -4,8 +4,8 @@
 use std::io;
 
 use kvm_bindings::{
-    kvm_enable_cap, kvm_regs, KVM_CAP_HYPERV_SYNIC2, KVM_EXIT_HYPERV_SYNIC, KVM_SYSTEM_EVENT_CRASH,
-    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+    kvm_enable_cap, kvm_msr_entry, kvm_regs, Msrs, KVM_CAP_HYPERV_SYNIC2, KVM_EXIT_HYPERV_SYNIC,
+    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -15,6 +15,9 @@ use crate::{boot, layout, ExitReason, Guest, VmError};
 
 const MSR_GUEST_OS_ID: u32 = 0x4000_0000;
 const MSR_HYPERCALL: u32 = 0x4000_0001;
+const MSR_CRASH_P0: u32 = 0x4000_0100;
+/// Parameters of a crash.
+pub const CRASH_PARAMETERS: usize = 5;
 /// The two MSRs that come to us instead of KVM.
 pub const FILTERED_MSRS: std::ops::RangeInclusive<u32> = MSR_GUEST_OS_ID..=MSR_HYPERCALL;
 /// Bit 0 of the hypercall MSR.
@@ -98,6 +101,7 @@ enum Next {
     Run,
     Hypercall,
     Synic,
+    Crash,
     End(ExitReason),
 }
 
@@ -117,6 +121,7 @@ pub fn run(guest: &Guest, vp: u32, mut fd: VcpuFd) {
             Next::Run => {}
             Next::Hypercall => hypercall(guest, &mut fd),
             Next::Synic => synic(guest, vp, &mut fd),
+            Next::Crash => guest.crashed(crash_parameters(&fd)),
             Next::End(mut reason) => {
                 if let ExitReason::Error(text) = &mut reason {
                     let regs: kvm_regs = fd.sync_regs().regs;
@@ -173,7 +178,7 @@ fn handle(guest: &Guest, exit: VcpuExit<'_>) -> Next {
         VcpuExit::SystemEvent(event, data) => match event {
             KVM_SYSTEM_EVENT_SHUTDOWN => return Next::End(ExitReason::PowerOff),
             KVM_SYSTEM_EVENT_RESET => return Next::End(ExitReason::Reset),
-            KVM_SYSTEM_EVENT_CRASH => return Next::End(ExitReason::Crash),
+            KVM_SYSTEM_EVENT_CRASH => return Next::Crash,
             _ => {
                 return Next::End(ExitReason::Error(format!(
                     "unknown system event {event} {data:x?}"
@@ -200,6 +205,27 @@ fn hypercall(guest: &Guest, fd: &mut VcpuFd) {
     );
     fd.sync_regs_mut().regs.rax = rax;
     fd.set_sync_dirty_reg(SyncReg::Register);
+}
+
+/// What the guest says about its crash: on Linux error code, rip, rax, …, or the address of its last words.
+fn crash_parameters(fd: &VcpuFd) -> [u64; CRASH_PARAMETERS] {
+    let mut parameters = [0; CRASH_PARAMETERS];
+    let entries: Vec<_> = (MSR_CRASH_P0..)
+        .take(CRASH_PARAMETERS)
+        .map(|index| kvm_msr_entry {
+            index,
+            ..Default::default()
+        })
+        .collect();
+    // They only inform: what cannot be read stays zero.
+    if let Ok(mut msrs) = Msrs::from_entries(&entries) {
+        if fd.get_msrs(&mut msrs).is_ok() {
+            for (parameter, entry) in parameters.iter_mut().zip(msrs.as_slice()) {
+                *parameter = entry.data;
+            }
+        }
+    }
+    parameters
 }
 
 /// The guest has written SCONTROL, SIEFP or SIMP.
