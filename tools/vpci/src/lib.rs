@@ -14,6 +14,8 @@ mod device;
 mod function;
 mod interrupts;
 mod msi;
+#[cfg(test)]
+mod tests;
 
 pub use bus::{
     Bus,
