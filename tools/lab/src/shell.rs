@@ -92,9 +92,19 @@ impl Options {
             quote(HELP)
         );
         // The console's words stay readable after its end.
-        let console = format!("{console}; echo 'The guest has ended; Enter closes.'; read -r _; tmux kill-session");
+        let console = format!(
+            "{console}; echo 'The guest has ended; Enter closes.'; read -r _; tmux kill-session"
+        );
         let error = Command::new("tmux")
-            .args(["new-session", &console, ";", "split-window", "-h", &beside, ";"])
+            .args([
+                "new-session",
+                &console,
+                ";",
+                "split-window",
+                "-h",
+                &beside,
+                ";",
+            ])
             .args(["select-pane", "-L"])
             .exec();
         println!("hvlab: no tmux here ({error}), so only the console.");
@@ -107,10 +117,7 @@ impl Options {
 }
 
 fn quoted(words: impl Iterator<Item = String>) -> String {
-    words
-        .map(|word| quote(&word))
-        .collect::<Vec<_>>()
-        .join(" ")
+    words.map(|word| quote(&word)).collect::<Vec<_>>().join(" ")
 }
 
 /// A word as the shell takes it.

@@ -309,9 +309,11 @@ impl Guest {
 
     /// Waits, in the guest, until a shell condition holds.
     pub fn wait_until(&self, condition: &str, timeout: Duration) -> Result<()> {
-        let rounds = (timeout.as_millis() / 200).max(1);
+        // Seconds since boot, as dash has no clock of its own.
         let command = format!(
-            "i=0; until {condition}; do i=$((i+1)); [ $i -gt {rounds} ] && exit 99; sleep 0.2; done >/dev/null 2>&1"
+            "now() {{ read -r up _ </proc/uptime; up=${{up%%.*}}; }}; now; end=$((up + {})); \
+             until {condition}; do now; [ $up -ge $end ] && exit 99; sleep 0.2; done >/dev/null 2>&1",
+            timeout.as_secs().max(1)
         );
         let exit = self.exit(&command, timeout * 2 + COMMAND)?;
         match exit.code {

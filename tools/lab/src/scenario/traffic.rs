@@ -94,9 +94,33 @@ impl<'a> Link<'a> {
             let lost = result["end"]["sum"]["lost_percent"]
                 .as_f64()
                 .unwrap_or(100.0);
-            ensure(lost <= 5.0, || format!("{command}: {lost:.1} % lost"))?;
+            ensure(lost <= 5.0, || {
+                format!("{command}: {lost:.1} % lost\n{}", self.losses())
+            })?;
         }
         Ok(rate as u64)
+    }
+
+    /// Where datagrams may have been lost so far, for whoever has to find out.
+    fn losses(&self) -> String {
+        let sockets = "grep ^Udp: /proc/net/snmp";
+        let guest = self.guest.sh(sockets).unwrap_or_default();
+        let peer = self
+            .guest
+            .peer(self.lab, self.nic, sockets)
+            .unwrap_or_default();
+        let host: String = self
+            .guest
+            .host
+            .counters()
+            .unwrap_or_default()
+            .into_iter()
+            .filter(|(name, value)| {
+                *value > 0 && (name.contains("dropped") || name.contains("no_room"))
+            })
+            .map(|(name, value)| format!("{name} = {value}\n"))
+            .collect();
+        format!("guest's sockets:\n{guest}peer's sockets:\n{peer}host:\n{host}")
     }
 
     /// Raw frames of random sizes from the guest to the peer, all contents checked.

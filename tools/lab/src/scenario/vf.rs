@@ -106,9 +106,10 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
 /// Waits until the VF carries the traffic.
 pub fn bonded(guest: &Guest, nic: &Nic) -> Result<()> {
     let name = nic.vf_name();
-    // The last line about this NIC decides, earlier ones may repeat.
+    // The last line about this NIC decides, earlier ones may repeat. A slow udev may be
+    // behind with the name.
     let condition = format!(
-        "dmesg -t | grep \"{} .*Data path switched\" | tail -n 1 | grep -q \"to VF: {name}\"",
+        "{{ dmesg -t | grep \"{} .*Data path switched\" | tail -n 1 | grep -q \"to VF: \" && [ -e /sys/class/net/{name} ]; }}",
         nic.instance()
     );
     guest.wait_until(&condition, BONDING).or_else(|error| {
@@ -146,8 +147,11 @@ fn story(guest: &Guest, nic: &Nic) -> Result<()> {
         .iter()
         .rfind(|line| line.contains("Data path switched"))
         .map_or("", String::as_str);
-    let expected = format!("hv_netvsc {instance} eth0: Data path switched to VF: {name}");
-    ensure(last == expected, || format!("the last switch was '{last}'"))
+    let expected =
+        format!("^hv_netvsc {instance} eth0: Data path switched to VF: ({name}|eth[0-9]+)$");
+    ensure(Regex::new(&expected)?.is_match(last), || {
+        format!("the last switch was '{last}'")
+    })
 }
 
 /// Finds each pattern after the one before it.
