@@ -83,6 +83,9 @@ pub(crate) struct Rndis {
     answered: Completion,
     /// The host may be reading the page.
     page_busy: Atomic<bool>,
+    /// It is not any more.
+    #[pin]
+    page_done: Completion,
     /// Most packets that may be sent in one message.
     pub(crate) max_packets: Atomic<u32>,
     /// Alignment of packets in one message.
@@ -112,6 +115,7 @@ impl Rndis {
             ),
             answered <- Completion::new(),
             page_busy: Atomic::new(false),
+            page_done <- Completion::new(),
             max_packets: Atomic::new(8),
             alignment: Atomic::new(8),
             initialised: Atomic::new(false),
@@ -121,6 +125,7 @@ impl Rndis {
     /// The host has read a request.
     pub(crate) fn page_read(&self) {
         self.page_busy.store(false, Release);
+        self.page_done.complete();
     }
 
     /// An answer has come: a private copy of the message.
@@ -150,9 +155,9 @@ fn send(
     requests: &mut Requests,
     build: impl FnOnce(u32, &mut [u8]) -> Result<usize, rndis::Error>,
 ) -> Result<u32> {
-    // A host that did not read the last request would read a mixture now.
+    // The answer can come before the packet is completed; until that the host may read the page.
     if shared.rndis.page_busy.load(Acquire) {
-        return Err(EBUSY);
+        shared.hv.wait_for(&shared.rndis.page_done, TIMEOUT)?;
     }
     requests.last_id = requests.last_id.wrapping_add(1).max(1);
     let id = requests.last_id;
@@ -171,6 +176,7 @@ fn send(
         section_index: U32::new(nvsp::INVALID_SECTION),
         section_size: U32::ZERO,
     });
+    shared.rndis.page_done.reinit();
     shared.rndis.page_busy.store(true, Relaxed);
     send_patiently(shared, |ring| {
         ring.send_ranges(&mut ranges, &message, Transaction::Rndis(id).id())
