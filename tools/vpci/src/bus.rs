@@ -468,7 +468,10 @@ impl Bus {
         match self.try_handle(request) {
             Ok(outgoing) => outgoing,
             Err(status) => {
-                self.counters.refused.inc();
+                // A version that is too new is part of the negotiation.
+                if status != Status::REVISION_MISMATCH {
+                    self.counters.refused.inc();
+                }
                 vec![Outgoing::status(status)]
             }
         }
