@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 use lab_agent::{frames, netns, serve, tcp, udp};
+use nix::sys::signal::SigSet;
 use serde::Serialize;
 
 /// The lab's hands in the guest and in the namespace of its peer
@@ -62,6 +63,8 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
+    // Whoever started us may take signals in a way of its own, and a blocked one stays blocked.
+    SigSet::all().thread_unblock()?;
     if let Some(name) = &cli.netns {
         netns::enter(name)?;
     }

@@ -26,9 +26,12 @@ use crate::signals;
 /// Processor of level 1: AMD's virtualization, no XSAVE (inconsistent for nested guests under emulation).
 const CPU: &str = "Opteron_G3,-misalignsse,+svm,+npt,+x2apic";
 /// Kernel arguments of level 1.
+///
+/// While a nested guest runs, the emulated processor now and then loses a timer interrupt. A periodic timer loses one
+/// tick by that; a one-shot timer, what the kernel would use, would never fire again, and level 1 stand still for ever.
 const CMDLINE: &str =
     "console=ttyS0 quiet panic=-1 mitigations=off nokaslr clocksource=tsc tsc=reliable no_timer_check \
-     random.trust_bootloader=on kvm.halt_poll_ns=0";
+     nohz=off highres=off random.trust_bootloader=on kvm.halt_poll_ns=0";
 /// The standard streams have a port each; status another.
 const STDIN_PORT: &str = "hvlab.stdin";
 const STDOUT_PORT: &str = "hvlab.stdout";

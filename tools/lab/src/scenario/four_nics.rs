@@ -40,11 +40,14 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         "the colliding bus has got another domain, and says so",
         || collision(&guest, &nics),
     );
+    // The guest's /init counts interfaces, and these come in another order.
+    for name in names.iter().flatten() {
+        guest.sh(&format!("ip address flush dev {name}"))?;
+    }
     for (nic, name) in nics.iter().zip(names) {
         let Some(name) = name else { continue };
-        // The guest's /init counts interfaces, and these come in another order.
         guest.sh(&format!(
-            "ip address flush dev {name}; ip address add {}/24 dev {name}; ip address add {}/64 dev {name} nodad",
+            "ip address add {}/24 dev {name}; ip address add {}/64 dev {name} nodad",
             nic.guest_v4(),
             nic.guest_v6()
         ))?;

@@ -30,16 +30,13 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     let mut memory = 0;
     for round in 0..ROUNDS {
         let seconds = DURATIONS[round as usize % DURATIONS.len()];
-        let result = service(&guest, &nic, Duration::from_secs(seconds));
-        let failed = result.is_err();
-        context.check(
-            &format!(
-                "round {} of {ROUNDS}, {seconds} s without VF: same domain, name and path",
-                round + 1
-            ),
-            || result,
+        let name = format!(
+            "round {} of {ROUNDS}, {seconds} s without VF: same domain, name and path",
+            round + 1
         );
-        if failed {
+        if !context.check(&name, || {
+            service(&guest, &nic, Duration::from_secs(seconds))
+        }) {
             break;
         }
         let now = resources(&guest)?;
