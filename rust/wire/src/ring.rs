@@ -968,7 +968,9 @@ mod tests {
             random ^= random >> 7;
             random ^= random << 17;
             if random & 3 != 0 {
-                let payload: Vec<u8> = (0..(random >> 8) & 127).map(|n| (n ^ random) as u8).collect();
+                let payload: Vec<u8> = (0..(random >> 8) & 127)
+                    .map(|n| (n ^ random) as u8)
+                    .collect();
                 let needed = takes(payload.len() as u32);
                 let result = writer.write(&Outgoing {
                     transaction_id,
