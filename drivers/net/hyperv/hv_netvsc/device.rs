@@ -3,7 +3,8 @@
 //! The device: probing and removing, going up and down, and changes for which the connection to
 //! the host is made anew.
 //!
-//! Lock order: RTNL, then [`Netvsc::connection`] or [`Netvsc::rss`], then the locks of a connection.
+//! Lock order: RTNL, then [`Netvsc::connection`] or [`Netvsc::rss`], then the locks of a
+//! connection.
 
 use core::pin::Pin;
 
@@ -322,8 +323,8 @@ fn attach(dev: &Device<Netvsc>, config: &Config, rtnl: &Rtnl) -> Result {
     Ok(())
 }
 
-/// Makes the connection anew with other settings, and another MTU if one is given. If that fails the
-/// old ones are restored; `what` is how to call them.
+/// Makes the connection anew with other settings, and another MTU if one is given. If that fails
+/// the old ones are restored; `what` is how to call them.
 pub(crate) fn reconnect(
     dev: &Device<Netvsc>,
     shared: Arc<Shared>,

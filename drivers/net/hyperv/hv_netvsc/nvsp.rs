@@ -83,7 +83,10 @@ impl Control {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             sequence <- new_mutex!(0, "hv_netvsc::nvsp"),
-            answer <- new_spinlock_irq!(Answer { sequence: 0, message: None }, "hv_netvsc::nvsp_answer"),
+            answer <- new_spinlock_irq!(
+                Answer { sequence: 0, message: None },
+                "hv_netvsc::nvsp_answer"
+            ),
             answered <- Completion::new(),
         })
     }
