@@ -65,8 +65,8 @@ use crate::{
 /// Room for the headers of a packet.
 const HEADERS_MAX: usize = rndis::PACKET_HEADER_SIZE + rndis::MAX_PPI_SIZE;
 
-/// Headroom that the stack shall leave: what C's driver asks for, which is more than is used.
-pub(crate) const HEADROOM: u16 = 220;
+/// Headroom that the stack shall leave, so that the headers can be put before the frame.
+pub(crate) const HEADROOM: u16 = HEADERS_MAX as u16;
 
 /// Pages that the headers may lie in.
 const HEADER_PAGES: usize = 2;
