@@ -30,9 +30,16 @@ inside() {
 		mount --bind "$kernel" "$root/kernel"
 	fi
 	# Names and certificates as on this machine.
-	for dir in /etc/resolv.conf /etc/hosts /etc/ssl/certs/ca-certificates.crt; do
+	for dir in /etc/resolv.conf /etc/hosts; do
 		if [ -e "$dir" ] && [ -e "$root$dir" ]; then
 			mount --bind "$(realpath "$dir")" "$root$dir"
+		fi
+	done
+	local bundle=/etc/ssl/certs/ca-certificates.crt
+	for dir in "${SSL_CERT_FILE:-}" "${CURL_CA_BUNDLE:-}" $bundle; do
+		if [ -f "$dir" ]; then
+			mount --bind "$(realpath "$dir")" "$root$bundle"
+			break
 		fi
 	done
 
@@ -46,7 +53,7 @@ inside() {
 	done
 	while read -r name; do
 		env+=("$name=${!name}")
-	done < <(compgen -e | grep -E '^(HVLAB|HYPERV_RUST)_' | grep -v HYPERV_RUST_CACHE)
+	done < <(compgen -e | grep -E '^(HVLAB|HYPERV_RUST|CARGO_HTTP|CARGO_NET|CARGO_SOURCE|CARGO_REGISTR(Y|IES))_' | grep -v HYPERV_RUST_CACHE)
 	cd /
 	# shellcheck disable=SC2016
 	exec chroot "$root" /usr/bin/env -i "${env[@]}" \

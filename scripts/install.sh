@@ -68,6 +68,7 @@ uninstall() {
 			here=yes found=yes
 		done
 		if [ $here = yes ]; then
+			rmdir --ignore-fail-on-non-empty "$dir/updates"
 			show_builtin "$dir"
 			update_lists "$(basename "$dir")"
 		fi
