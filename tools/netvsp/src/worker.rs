@@ -31,8 +31,8 @@ const MAX_MDL_CHAIN: u32 = 34;
 /// Longest data of one packet: a send section, and pages with a packet of the largest size.
 const MAX_DATA: u64 = 256 * 1024;
 
-/// Packets taken from the ring before the worker looks at its other duties.
-const BATCH: usize = 64;
+/// Packets taken from the ring before they are completed, and the worker looks at its other duties.
+const BATCH: usize = 16;
 
 /// How long a driver that has started RNDIS must be silent until it is told of the VF, unless it
 /// opens its interface or asks for subchannels before. It then has registered its interface, and
