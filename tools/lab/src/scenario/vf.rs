@@ -139,7 +139,7 @@ fn story(guest: &Guest, nic: &Nic) -> Result<()> {
         format!("^pci {domain:04x}:00:00.0: BAR 0 \\[mem 0x[0-9a-f]+-0x[0-9a-f]+ 64bit( pref)?\\]: assigned$"),
         format!("^mana {domain:04x}:00:00.0: enabling device \\(0000 -> 0002\\)|^mana {domain:04x}:00:00.0: Microsoft Azure Network Adapter"),
         format!("^hv_netvsc {instance} eth0: VF registering: eth[0-9]+$"),
-        format!("^mana {domain:04x}:00:00.0 {name}: renamed from eth[0-9]+$"),
+        format!("^mana {domain:04x}:00:00.0 {name}: renamed from eth[0-9]+( \\(while UP\\))?$"),
     ];
     in_order(&lines, &netvsc)?;
     in_order(&lines, &pci)?;
@@ -302,12 +302,12 @@ fn unicast(link: &Link<'_>) -> Result<()> {
         host_after.synthetic_tx - host_before.synthetic_tx,
         host_after.synthetic_rx - host_before.synthetic_rx,
     );
-    // Neighbour discovery may add a few packets on either path.
+    // Received bytes are counted behind the Ethernet header. Neighbour discovery may add a few packets on either path.
     let near = |value: u64| (PINGS..PINGS + 10).contains(&value);
     let good = near(grown[0])
         && near(grown[2])
         && grown[1] >= PINGS * 98
-        && grown[3] >= PINGS * 98
+        && grown[3] >= PINGS * 84
         && grown[0] == vf.0
         && near(vf.1)
         && synthetic.0 < 10
