@@ -1,12 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What happens when we are told to end.
 //!
-//! The signals are blocked in all threads, and one thread takes them: it may do what a signal handler may not.
+//! A handler passes each signal on to a thread, which may do what a handler may not. (Blocking the signals and waiting
+//! for them would be shorter, but programs that we start would inherit that.)
 
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, IntoRawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use nix::sys::signal::{SigSet, Signal};
+use vmm_sys_util::signal::register_signal_handler;
+
+/// Those that ask for the end.
+const SIGNALS: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+
+/// Where the handler writes the number of a signal.
+static HANDLER_END: AtomicI32 = AtomicI32::new(-1);
 
 /// Tells whoever can end in order to do so; else it is to clean up, and the program exits.
 enum Action {
@@ -46,46 +57,67 @@ pub fn clean_up_by(action: impl FnOnce() + Send + 'static) -> Registered {
     register(Action::CleanUp(Box::new(action)))
 }
 
-/// Begins to take the signals. To be called before there are threads.
-pub fn watch() -> Result<(), String> {
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        set.add(signal);
+extern "C" fn handle(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let byte = signal as u8;
+    // SAFETY: write is async-signal-safe and reads one byte of ours; errno is the interrupted code's, so it is put back.
+    #[expect(unsafe_code)]
+    unsafe {
+        let errno = libc::__errno_location();
+        let saved = *errno;
+        libc::write(
+            HANDLER_END.load(Ordering::Relaxed),
+            (&raw const byte).cast(),
+            1,
+        );
+        *errno = saved;
     }
-    // Programs that we start get an empty mask from the standard library.
-    set.thread_block()
-        .map_err(|error| format!("signal mask: {error}"))?;
-    thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || loop {
-            let Ok(signal) = set.wait() else {
-                continue;
-            };
-            let actions = {
-                let mut actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);
-                std::mem::take(&mut actions.1)
-            };
-            let (end, clean_up): (Vec<_>, Vec<_>) = actions
-                .into_iter()
-                .map(|(_, action)| action)
-                .partition(|action| matches!(action, Action::End(_)));
-            // A second signal finds nobody who ends in order any more.
-            if end.is_empty() {
-                run(clean_up);
-                std::process::exit(128 + signal as i32);
-            }
-            run(end);
-            let mut actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);
-            actions
-                .1
-                .extend(clean_up.into_iter().map(|action| (0, action)));
-        })
-        .map(|_| ())
-        .map_err(|error| format!("starting a thread: {error}"))
 }
 
-fn run(actions: Vec<Action>) {
-    for action in actions.into_iter().rev() {
+/// Begins to take the signals.
+pub fn watch() -> io::Result<()> {
+    let (mut reader, writer) = UnixStream::pair()?;
+    // A full pipe has signals enough in it.
+    writer.set_nonblocking(true)?;
+    HANDLER_END.store(writer.as_raw_fd(), Ordering::Relaxed);
+    // It stays open for the handler.
+    let _ = writer.into_raw_fd();
+    for signal in SIGNALS {
+        register_signal_handler(signal, handle)
+            .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+    }
+    thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            let mut signal = [0];
+            while reader.read_exact(&mut signal).is_ok() {
+                take(signal[0]);
+            }
+        })
+        .map(|_| ())
+}
+
+fn take(signal: u8) {
+    let actions = {
+        let mut actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut actions.1)
+    };
+    let (end, clean_up): (Vec<_>, Vec<_>) = actions
+        .into_iter()
+        .partition(|(_, action)| matches!(action, Action::End(_)));
+    // A second signal finds nobody who ends in order any more.
+    if end.is_empty() {
+        run(clean_up);
+        std::process::exit(128 + i32::from(signal));
+    }
+    // Who registered them may still take them back.
+    let mut actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);
+    actions.1.extend(clean_up);
+    drop(actions);
+    run(end);
+}
+
+fn run(actions: Vec<(u64, Action)>) {
+    for (_, action) in actions.into_iter().rev() {
         let (Action::End(action) | Action::CleanUp(action)) = action;
         action();
     }
