@@ -68,8 +68,8 @@ impl Host {
         Ok(status.nics[number as usize].clone())
     }
 
-    /// The number by which the host knows a NIC.
-    fn number(&self, nic: &Nic) -> Result<u32> {
+    /// The number by which the host knows a NIC: its place in the order of offers.
+    pub fn number(&self, nic: &Nic) -> Result<u32> {
         number(&self.status()?, nic)
     }
 

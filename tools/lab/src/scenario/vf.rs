@@ -250,9 +250,10 @@ pub struct Paths {
 
 /// The host's counters of a NIC.
 pub fn paths(guest: &Guest, nic: &Nic) -> Result<Paths> {
+    let number = guest.host.number(nic)?;
     let counters = guest.host.counters()?;
     let value = |path: &str| {
-        let name = format!("net{}.{path}", nic.index);
+        let name = format!("net{number}.{path}");
         counters
             .get(&name)
             .copied()
