@@ -16,7 +16,7 @@ scheduling while atomic|Bad page|double free|NETDEV WATCHDOG|kernel panic";
 const PARTS: &str = "hv_|hyperv|Hyper-V|mana|eth[0-9]|enP|vmbus|pci";
 
 /// TAINT_OOT_MODULE and TAINT_UNSIGNED_MODULE.
-const OWN_MODULES: u64 = 1 << 12 | 1 << 13;
+const OWN_MODULES: u64 = (1 << 12) | (1 << 13);
 
 /// The checks that end every boot.
 pub fn check(context: &mut Context<'_>, guest: &Guest) {
@@ -111,10 +111,10 @@ pub fn save(guest: &Guest) {
         "ip -d address; lspci -D; lsmod; for i in /sys/class/net/e*; do ethtool -S ${i##*/}; done; cat /proc/interrupts",
     );
     if let Ok(counters) = guest.host.counters() {
-        let text: String = counters
+        let lines: Vec<_> = counters
             .iter()
-            .map(|(name, value)| format!("{name} = {value}\n"))
+            .map(|(name, value)| format!("{name} = {value}"))
             .collect();
-        let _ = fs::write(guest.folder.join("counters.txt"), text);
+        let _ = fs::write(guest.folder.join("counters.txt"), lines.join("\n"));
     }
 }

@@ -109,7 +109,7 @@ impl<'a> Link<'a> {
             .guest
             .peer(self.lab, self.nic, sockets)
             .unwrap_or_default();
-        let host: String = self
+        let host: Vec<_> = self
             .guest
             .host
             .counters()
@@ -118,9 +118,12 @@ impl<'a> Link<'a> {
             .filter(|(name, value)| {
                 *value > 0 && (name.contains("dropped") || name.contains("no_room"))
             })
-            .map(|(name, value)| format!("{name} = {value}\n"))
+            .map(|(name, value)| format!("{name} = {value}"))
             .collect();
-        format!("guest's sockets:\n{guest}peer's sockets:\n{peer}host:\n{host}")
+        format!(
+            "guest's sockets:\n{guest}peer's sockets:\n{peer}host:\n{}",
+            host.join("\n")
+        )
     }
 
     /// Raw frames of random sizes from the guest to the peer, all contents checked.
