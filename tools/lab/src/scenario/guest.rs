@@ -260,10 +260,13 @@ impl Guest {
                 peers: Vec::new(),
             }),
             Err(error) => {
+                let ended = process.try_wait()?;
                 let _ = process.kill();
                 let _ = process.wait();
+                let ended =
+                    ended.map_or(String::new(), |status| format!("; the VMM ended, {status}"));
                 Err(format!(
-                    "the guest does not boot: {error}\n{}\n{}",
+                    "the guest does not boot: {error}{ended}\n{}\n{}",
                     tail(&folder.join("hvlab.log"), 15),
                     tail(&folder.join("console.log"), 15)
                 )
