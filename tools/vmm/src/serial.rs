@@ -228,7 +228,10 @@ impl Port {
                 Ok(0) => break,
                 Ok(len) => self.feed(&buf[..len], stop),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break,
+                Err(error) => {
+                    eprintln!("hvlab: input of a serial port: {error}");
+                    break;
+                }
             }
         }
     }
@@ -246,7 +249,8 @@ impl Port {
             .spawn(move || {
                 while let Some((bytes, client)) = output.take(true) {
                     if let Some(mut client) = client {
-                        if client.write_all(&bytes).is_err() {
+                        if let Err(error) = client.write_all(&bytes) {
+                            eprintln!("hvlab: output of a serial port: {error}");
                             output.set_client(None);
                         }
                     }
@@ -301,8 +305,12 @@ impl Stop {
     pub fn wait_readable(&self, fd: RawFd) -> bool {
         const STOPPED: u64 = 0;
         const READABLE: u64 = 1;
-        let Ok(epoll) = Epoll::new() else {
-            return false;
+        let epoll = match Epoll::new() {
+            Ok(epoll) => epoll,
+            Err(error) => {
+                eprintln!("hvlab: epoll: {error}");
+                return false;
+            }
         };
         let add = |fd, data| {
             let event = EpollEvent::new(EventSet::IN, data);
@@ -320,7 +328,10 @@ impl Stop {
             match epoll.wait(-1, &mut events) {
                 Ok(count) => return events[..count].iter().all(|event| event.data() == READABLE),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return false,
+                Err(error) => {
+                    eprintln!("hvlab: epoll_wait: {error}");
+                    return false;
+                }
             }
         }
     }

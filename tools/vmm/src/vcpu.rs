@@ -20,6 +20,9 @@ const MSR_CRASH_P0: u32 = 0x4000_0100;
 pub const CRASH_PARAMETERS: usize = 5;
 /// The two MSRs that come to us instead of KVM.
 pub const FILTERED_MSRS: std::ops::RangeInclusive<u32> = MSR_GUEST_OS_ID..=MSR_HYPERCALL;
+/// How often KVM may fail to execute an instruction before the machine ends. A KVM that is itself emulated fails now
+/// and then, and succeeds when it comes to the same instruction again.
+const INTERNAL_ERRORS: u32 = 20;
 /// Bit 0 of the hypercall MSR.
 const HYPERCALL_ENABLE: u64 = 1;
 /// Bit 1: no more changes until reset.
@@ -107,9 +110,22 @@ enum Next {
 
 /// Runs the processor until the machine ends.
 pub fn run(guest: &Guest, vp: u32, mut fd: VcpuFd) {
+    let mut internal_errors = 0;
     while !guest.machine.stop.is_set() {
         let next = match fd.run() {
-            Ok(exit) => handle(guest, exit),
+            Ok(VcpuExit::InternalError) => {
+                internal_errors += 1;
+                let text = internal_error(&mut fd);
+                eprintln!("hvlab: virtual processor {vp}: {text}");
+                if internal_errors < INTERNAL_ERRORS {
+                    continue;
+                }
+                Next::End(ExitReason::Error(text))
+            }
+            Ok(exit) => {
+                internal_errors = 0;
+                handle(guest, exit)
+            }
             Err(error) => match io::Error::from_raw_os_error(error.errno()).kind() {
                 io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => Next::Run,
                 _ => Next::End(ExitReason::Error(format!(
@@ -205,6 +221,20 @@ fn hypercall(guest: &Guest, fd: &mut VcpuFd) {
     );
     fd.sync_regs_mut().regs.rax = rax;
     fd.set_sync_dirty_reg(SyncReg::Register);
+}
+
+/// What KVM says about an instruction that it could not execute.
+fn internal_error(fd: &mut VcpuFd) -> String {
+    // SAFETY: the exit reason says that this member of the union was filled in by the kernel, and it consists of plain
+    // integers.
+    #[expect(unsafe_code)]
+    let error = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal };
+    let count = error.data.len().min(error.ndata as usize);
+    format!(
+        "KVM internal error {}, data {:x?}",
+        error.suberror,
+        &error.data[..count]
+    )
 }
 
 /// What the guest says about its crash: on Linux error code, rip, rax, …, or the address of its last words.

@@ -260,7 +260,13 @@ impl Guest {
                 peers: Vec::new(),
             }),
             Err(error) => {
-                let ended = process.try_wait()?;
+                // A VMM that is about to end says why.
+                let deadline = Instant::now() + Duration::from_secs(3);
+                let mut ended = process.try_wait()?;
+                while ended.is_none() && Instant::now() < deadline {
+                    thread::sleep(Duration::from_millis(50));
+                    ended = process.try_wait()?;
+                }
                 let _ = process.kill();
                 let _ = process.wait();
                 let ended =
