@@ -70,7 +70,7 @@ help:
 
 #h Azure accelerated networking drivers in Rust, and a Hyper-V-compatible lab host.
 #h
-#h   make             build hv_netvsc.ko and pci-hyperv.ko for Debian's cloud kernel
+#h   make             build hv_netvsc.ko and hv_pci.ko for Debian's cloud kernel
 #h   make demo        see them at work: a VF, host servicing under a live stream (5 minutes)
 #h   make lab         a login shell on the guest's console
 #h   make test        every check and every scenario, with the Rust and the C drivers

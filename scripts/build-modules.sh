@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# Builds hv_netvsc.ko and pci-hyperv.ko.
+# Builds hv_netvsc.ko and hv_pci.ko.
 #
 # usage: build-modules.sh OUTPUT_FOLDER [VARIABLE=VALUE of kbuild]...
 #

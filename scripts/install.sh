@@ -11,36 +11,11 @@
 . "$(dirname "$0")/common.sh"
 
 base=${INSTALL_MOD_PATH:-}
-modules=(hv_netvsc.ko pci-hyperv.ko)
+modules=(hv_netvsc.ko hv_pci.ko)
 release=${HYPERV_RUST_KERNEL:-$(uname -r)}
 
-# The kernel's lists of what is built in.  modprobe and udev load no module of a
-# name that is in there, and pci-hyperv is: it is taken out, and the package's
-# own file kept beside it.
-lists=(modules.builtin modules.builtin.modinfo)
-saved=.before-hyperv-rust
 # A VF, or on some machines the disk, is needed before the root file system is there.
 initramfs_conf=$base/usr/share/initramfs-tools/modules.d/hyperv-rust
-
-hide_builtin() {
-	local file
-	if grep -q '/pci-hyperv\.ko$' "$1/modules.builtin"; then
-		for file in "${lists[@]}"; do
-			cp -a "$1/$file" "$1/$file$saved"
-		done
-		grep -v '/pci-hyperv\.ko$' "$1/modules.builtin$saved" >"$1/modules.builtin"
-		# Its lines end with NUL.
-		grep -zav '^pci_hyperv\.' "$1/modules.builtin.modinfo$saved" >"$1/modules.builtin.modinfo"
-		say "took pci-hyperv out of $1/modules.builtin, for modprobe to load the module"
-	fi
-}
-
-show_builtin() {
-	local file
-	for file in "${lists[@]}"; do
-		[ ! -e "$1/$file$saved" ] || mv "$1/$file$saved" "$1/$file"
-	done
-}
 
 update_lists() {
 	depmod ${base:+-b "$base"} "$1"
@@ -69,7 +44,6 @@ uninstall() {
 		done
 		if [ $here = yes ]; then
 			rmdir --ignore-fail-on-non-empty "$dir/updates"
-			show_builtin "$dir"
 			update_lists "$(basename "$dir")"
 		fi
 	done
@@ -104,9 +78,8 @@ for module in "${modules[@]}"; do
 	install -m 644 "$1/$module" "$folder/updates/$module"
 	say "installed $folder/updates/$module"
 done
-hide_builtin "$folder"
 if [ -d "$(dirname "$initramfs_conf")" ]; then
-	echo pci_hyperv >"$initramfs_conf"
+	echo hv_pci >"$initramfs_conf"
 fi
 update_lists "$release"
 cat >&2 <<EOF

@@ -42,7 +42,7 @@ mod requests;
 module! {
     type: PciHyperv,
     name: "hv_pci",
-    authors: ["pci-hyperv authors"],
+    authors: ["hv_pci authors"],
     description: "Hyper-V PCI",
     license: "GPL v2",
 }
@@ -64,8 +64,8 @@ impl kernel::Module for PciHyperv {
             .inspect_err(|e| {
                 if *e == EBUSY {
                     pr_err!(
-                        "the kernel's own hv_pci driver is in place; \
-                         boot with initcall_blacklist=init_hv_pci_drv to use this one\n"
+                        "the kernel's own driver, pci_hyperv, is in place; to use this one, boot \
+                         with initcall_blacklist=init_hv_pci_drv on the kernel's command line\n"
                     );
                 }
             })?;

@@ -49,7 +49,7 @@ pub struct Files {
     /// Initramfs of the guest, and of level 1 (tools/image/make-image makes it)
     #[arg(long, env = "HVLAB_IMAGE", value_name = "FILE")]
     pub image: PathBuf,
-    /// Folder with hv_netvsc.ko and pci-hyperv.ko for --drivers=rust
+    /// Folder with hv_netvsc.ko and hv_pci.ko for --drivers=rust
     #[arg(long, env = "HVLAB_MODULES", value_name = "DIR")]
     pub modules: Option<PathBuf>,
     /// QEMU, for machines without usable KVM
@@ -187,10 +187,10 @@ impl Args {
         }
         if self.drivers == Drivers::Rust {
             let dir = self.files.modules.as_ref().ok_or(
-                "--drivers=rust needs --modules=DIR with hv_netvsc.ko and pci-hyperv.ko (run make first)",
+                "--drivers=rust needs --modules=DIR with hv_netvsc.ko and hv_pci.ko (run make first)",
             )?;
             let release = kernel_release(&self.files.kernel)?;
-            for name in ["hv_netvsc.ko", "pci-hyperv.ko"] {
+            for name in ["hv_netvsc.ko", "hv_pci.ko"] {
                 let path = dir.join(name);
                 archive
                     .copy(&format!("usr/lib/modules/{release}/updates/{name}"), &path)

@@ -142,7 +142,9 @@ fn show(lab: &Lab, drivers: Drivers, folder: &Path) -> Result<()> {
     let guest = Guest::boot(lab, drivers, &Boot::new(vec![nic.clone()]), folder)?;
     bonded(&guest, &nic)?;
     ticker.stop();
-    let modules = guest.sh("uname -r; cat /proc/version | cut -c1-100; lsmod | grep -E '^(hv_netvsc|pci_hyperv|mana) '")?;
+    let modules = guest.sh(
+        "uname -r; cat /proc/version | cut -c1-100; lsmod | grep -E '^(hv_netvsc|hv_pci|mana) '",
+    )?;
     quote(&modules);
 
     chapter("2. The VF bonds, in the kernel's words");

@@ -66,7 +66,7 @@ pub fn unload(guest: &Guest) -> Result<()> {
 /// Takes the virtual PCI driver away; the stock one is built in, so its devices are unbound.
 pub fn unload_pci(guest: &Guest) -> Result<()> {
     match guest.drivers() {
-        Drivers::Rust => guest.sh("! [ -d /sys/module/pci_hyperv ] || rmmod pci_hyperv")?,
+        Drivers::Rust => guest.sh("! [ -d /sys/module/hv_pci ] || rmmod hv_pci")?,
         Drivers::C => guest.sh(
             "cd /sys/bus/vmbus/drivers/hv_pci && for d in *-*-*; do [ -e $d ] && echo $d >unbind; done; true",
         )?,

@@ -47,7 +47,7 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         });
     }
     let module = match guest.drivers() {
-        Drivers::Rust => "pci-hyperv unloaded and loaded",
+        Drivers::Rust => "hv_pci unloaded and loaded",
         // It is built in: its device is unbound and bound, which is the most it can do.
         Drivers::C => "hv_pci unbound and bound",
     };
@@ -113,7 +113,7 @@ fn pci(link: &Link<'_>, load: bool, wait: bool) -> Result<()> {
 
 fn load_pci(guest: &Guest, nic: &Nic) -> Result<()> {
     match guest.drivers() {
-        Drivers::Rust => guest.sh_within("modprobe pci-hyperv", Duration::from_secs(60))?,
+        Drivers::Rust => guest.sh_within("modprobe hv_pci", Duration::from_secs(60))?,
         Drivers::C => guest.sh_within(
             &format!("[ ! -e /sys/bus/vmbus/devices/{0} ] || echo {0} >/sys/bus/vmbus/drivers/hv_pci/bind", nic.bus),
             Duration::from_secs(60),
