@@ -14,7 +14,8 @@ base=${INSTALL_MOD_PATH:-}
 modules=(hv_netvsc.ko hv_pci.ko)
 release=${HYPERV_RUST_KERNEL:-$(uname -r)}
 
-# A VF, or on some machines the disk, is needed before the root file system is there.
+# A VF, or on some machines the disk, is needed before the root file system is there,
+# and the C hv_netvsc is in the initramfs anyway: without ours there, it would be first.
 initramfs_conf=$base/usr/share/initramfs-tools/modules.d/hyperv-rust
 
 update_lists() {
@@ -79,7 +80,7 @@ for module in "${modules[@]}"; do
 	say "installed $folder/updates/$module"
 done
 if [ -d "$(dirname "$initramfs_conf")" ]; then
-	echo hv_pci >"$initramfs_conf"
+	printf '%s\n' hv_netvsc hv_pci >"$initramfs_conf"
 fi
 update_lists "$release"
 cat >&2 <<EOF
