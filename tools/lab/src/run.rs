@@ -72,6 +72,9 @@ pub struct Args {
     /// Whose drivers the guest runs
     #[arg(long, default_value = "c")]
     pub drivers: Drivers,
+    /// Do not keep the built-in hv_pci from registering with --drivers=rust
+    #[arg(long)]
+    pub builtin_pci: bool,
     /// Virtual processors
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
     pub cpus: u32,
@@ -130,6 +133,9 @@ impl Args {
             format!("--memory={}", self.memory),
             format!("--append={}", self.append),
         ];
+        if self.builtin_pci {
+            args.push("--builtin-pci".to_owned());
+        }
         args.extend(self.host.to_args());
         let mut env = Vec::new();
         let mut files = Vec::new();
@@ -211,7 +217,7 @@ impl Args {
 
     fn cmdline(&self) -> String {
         let mut words = vec![CMDLINE];
-        if self.drivers == Drivers::Rust {
+        if self.drivers == Drivers::Rust && !self.builtin_pci {
             words.push(BLACKLIST_HV_PCI);
         }
         words.push(&self.append);

@@ -119,6 +119,9 @@ pub struct Boot {
     pub nics: Vec<Nic>,
     /// Virtual processors.
     pub cpus: u32,
+    /// With our drivers: the kernel's hv_pci has registered before ours, as on a machine
+    /// whose command line does not keep it from that.
+    pub builtin_pci: bool,
     /// More words for the kernel's command line.
     pub append: String,
     /// Newest VMBus version that the host takes.
@@ -135,6 +138,7 @@ impl Boot {
         Self {
             nics,
             cpus: 1,
+            builtin_pci: false,
             append: String::new(),
             vmbus_version: None,
             nvsp_version: None,
@@ -229,6 +233,9 @@ impl Guest {
             if let Some(value) = value {
                 command.args([option, value]);
             }
+        }
+        if boot.builtin_pci {
+            command.arg("--builtin-pci");
         }
         if let Some(modules) = &lab.files.modules {
             command.arg("--modules").arg(modules);

@@ -3,13 +3,18 @@
 
 use std::time::Duration;
 
-use super::guest::{Boot, Guest, Nic};
+use super::guest::{Boot, Guest, Nic, COMMAND};
 use super::traffic::{Iperf, Link};
+use super::vf::bonded;
 use super::{ensure, eventually, Context, Drivers, Result};
 
 pub fn run(context: &mut Context<'_>) -> Result<()> {
     let lab = context.lab();
-    let mut guest = context.boot(&Boot::new(vec![Nic::new(0)]))?;
+    // No VF, so hv_pci is not needed: the boot to see ours meet the built-in one.
+    let mut guest = context.boot(&Boot {
+        builtin_pci: true,
+        ..Boot::new(vec![Nic::new(0)])
+    })?;
     let nic = guest.nics[0].clone();
     guest.peer_server(lab, &nic, &["iperf3", "-s"])?;
 
@@ -51,7 +56,34 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
             ensure(good, || format!("{counters:#?}"))
         },
     );
+    if guest.drivers() == Drivers::Rust {
+        context.check(
+            "hv_pci refuses to load beside the built-in one, and says what to do",
+            || refused(&guest),
+        );
+        context.check("hv_netvsc uses a VF of the built-in hv_pci", || {
+            guest.host.add_vf(&nic)?;
+            bonded(&guest, &nic)?;
+            link.pings()?;
+            guest.host.remove_vf(&nic)
+        });
+    }
     context.finish(guest)
+}
+
+/// Loads hv_pci where the kernel's own one has the name.
+fn refused(guest: &Guest) -> Result<()> {
+    let exit = guest.exit("modprobe hv_pci", COMMAND)?;
+    ensure(exit.stderr.contains("Device or resource busy"), || {
+        format!("modprobe: exit code {}, {}", exit.code, exit.stderr)
+    })?;
+    let lines = guest.dmesg("^hv_pci: .*initcall_blacklist=init_hv_pci_drv")?;
+    ensure(!lines.is_empty(), || "no line that says what to do".into())?;
+    let text = guest.sh("ls /sys/module; readlink /sys/bus/vmbus/drivers/hv_pci/module")?;
+    ensure(
+        !text.contains("hv_pci\n") && text.ends_with("/pci_hyperv\n"),
+        || text,
+    )
 }
 
 /// Who drives the interface.
