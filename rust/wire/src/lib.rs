@@ -17,6 +17,9 @@
 #[cfg(test)]
 extern crate std;
 
+#[macro_use]
+mod macros;
+
 pub mod guid;
 pub mod hypercall;
 pub mod ndis;

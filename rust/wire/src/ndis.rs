@@ -9,7 +9,6 @@
 use core::fmt;
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, IntoBytes};
-use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::nvsp::Version;
 
@@ -68,119 +67,75 @@ impl fmt::Display for Error {
     }
 }
 
-/// Object identifier; any value is possible.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Oid(pub u32);
-
-impl Oid {
-    /// List of supported identifiers.
-    pub const GEN_SUPPORTED_LIST: Self = Self(0x0001_0101);
-    /// State of the hardware.
-    pub const GEN_HARDWARE_STATUS: Self = Self(0x0001_0102);
-    /// Supported media.
-    pub const GEN_MEDIA_SUPPORTED: Self = Self(0x0001_0103);
-    /// Media in use.
-    pub const GEN_MEDIA_IN_USE: Self = Self(0x0001_0104);
-    /// Largest payload of a frame.
-    pub const GEN_MAXIMUM_FRAME_SIZE: Self = Self(0x0001_0106);
-    /// Speed in units of 100 bit/s.
-    pub const GEN_LINK_SPEED: Self = Self(0x0001_0107);
-    /// Vendor number.
-    pub const GEN_VENDOR_ID: Self = Self(0x0001_010c);
-    /// Vendor text.
-    pub const GEN_VENDOR_DESCRIPTION: Self = Self(0x0001_010d);
-    /// Which packets to receive, see [`PacketFilter`].
-    pub const GEN_CURRENT_PACKET_FILTER: Self = Self(0x0001_010e);
-    /// Largest frame.
-    pub const GEN_MAXIMUM_TOTAL_SIZE: Self = Self(0x0001_0111);
-    /// Zero if a cable is plugged in.
-    pub const GEN_MEDIA_CONNECT_STATUS: Self = Self(0x0001_0114);
-    /// Physical medium.
-    pub const GEN_PHYSICAL_MEDIUM: Self = Self(0x0001_0202);
-    /// See [`RssCapabilities`].
-    pub const GEN_RECEIVE_SCALE_CAPABILITIES: Self = Self(0x0001_0203);
-    /// See [`RssParameters`].
-    pub const GEN_RECEIVE_SCALE_PARAMETERS: Self = Self(0x0001_0204);
-    /// A parameter by name, see [`crate::rndis::ConfigParameter`].
-    pub const GEN_RNDIS_CONFIG_PARAMETER: Self = Self(0x0001_021b);
-    /// Frames sent.
-    pub const GEN_XMIT_OK: Self = Self(0x0002_0101);
-    /// Frames received.
-    pub const GEN_RCV_OK: Self = Self(0x0002_0102);
-    /// Name of the adapter, in UTF-16.
-    pub const GEN_FRIENDLY_NAME: Self = Self(0x0002_0216);
-    /// The MAC address given at manufacture.
-    pub const PERMANENT_ADDRESS: Self = Self(0x0101_0101);
-    /// The MAC address in use.
-    pub const CURRENT_ADDRESS: Self = Self(0x0101_0102);
-    /// Multicast addresses to receive.
-    pub const MULTICAST_LIST: Self = Self(0x0101_0103);
-    /// Most multicast addresses.
-    pub const MAXIMUM_LIST_SIZE: Self = Self(0x0101_0104);
-    /// See [`Offload`].
-    pub const TCP_OFFLOAD_CURRENT_CONFIG: Self = Self(0xfc01_020b);
-    /// See [`OffloadParameters`].
-    pub const TCP_OFFLOAD_PARAMETERS: Self = Self(0xfc01_020c);
-    /// See [`Offload`].
-    pub const TCP_OFFLOAD_HARDWARE_CAPABILITIES: Self = Self(0xfc01_020d);
-
-    /// A name for logs, if the identifier is known.
-    pub const fn name(self) -> Option<&'static str> {
-        Some(match self {
-            Self::GEN_SUPPORTED_LIST => "GEN_SUPPORTED_LIST",
-            Self::GEN_HARDWARE_STATUS => "GEN_HARDWARE_STATUS",
-            Self::GEN_MEDIA_SUPPORTED => "GEN_MEDIA_SUPPORTED",
-            Self::GEN_MEDIA_IN_USE => "GEN_MEDIA_IN_USE",
-            Self::GEN_MAXIMUM_FRAME_SIZE => "GEN_MAXIMUM_FRAME_SIZE",
-            Self::GEN_LINK_SPEED => "GEN_LINK_SPEED",
-            Self::GEN_VENDOR_ID => "GEN_VENDOR_ID",
-            Self::GEN_VENDOR_DESCRIPTION => "GEN_VENDOR_DESCRIPTION",
-            Self::GEN_CURRENT_PACKET_FILTER => "GEN_CURRENT_PACKET_FILTER",
-            Self::GEN_MAXIMUM_TOTAL_SIZE => "GEN_MAXIMUM_TOTAL_SIZE",
-            Self::GEN_MEDIA_CONNECT_STATUS => "GEN_MEDIA_CONNECT_STATUS",
-            Self::GEN_PHYSICAL_MEDIUM => "GEN_PHYSICAL_MEDIUM",
-            Self::GEN_RECEIVE_SCALE_CAPABILITIES => "GEN_RECEIVE_SCALE_CAPABILITIES",
-            Self::GEN_RECEIVE_SCALE_PARAMETERS => "GEN_RECEIVE_SCALE_PARAMETERS",
-            Self::GEN_RNDIS_CONFIG_PARAMETER => "GEN_RNDIS_CONFIG_PARAMETER",
-            Self::GEN_XMIT_OK => "GEN_XMIT_OK",
-            Self::GEN_RCV_OK => "GEN_RCV_OK",
-            Self::GEN_FRIENDLY_NAME => "GEN_FRIENDLY_NAME",
-            Self::PERMANENT_ADDRESS => "802_3_PERMANENT_ADDRESS",
-            Self::CURRENT_ADDRESS => "802_3_CURRENT_ADDRESS",
-            Self::MULTICAST_LIST => "802_3_MULTICAST_LIST",
-            Self::MAXIMUM_LIST_SIZE => "802_3_MAXIMUM_LIST_SIZE",
-            Self::TCP_OFFLOAD_CURRENT_CONFIG => "TCP_OFFLOAD_CURRENT_CONFIG",
-            Self::TCP_OFFLOAD_PARAMETERS => "TCP_OFFLOAD_PARAMETERS",
-            Self::TCP_OFFLOAD_HARDWARE_CAPABILITIES => "TCP_OFFLOAD_HARDWARE_CAPABILITIES",
-            _ => return None,
-        })
+open_numbers! {
+    /// Object identifier.
+    Oid(u32) {
+        /// List of supported identifiers.
+        GEN_SUPPORTED_LIST = 0x0001_0101,
+        /// State of the hardware.
+        GEN_HARDWARE_STATUS = 0x0001_0102,
+        /// Supported media.
+        GEN_MEDIA_SUPPORTED = 0x0001_0103,
+        /// Media in use.
+        GEN_MEDIA_IN_USE = 0x0001_0104,
+        /// Largest payload of a frame.
+        GEN_MAXIMUM_FRAME_SIZE = 0x0001_0106,
+        /// Speed in units of 100 bit/s.
+        GEN_LINK_SPEED = 0x0001_0107,
+        /// Vendor number.
+        GEN_VENDOR_ID = 0x0001_010c,
+        /// Vendor text.
+        GEN_VENDOR_DESCRIPTION = 0x0001_010d,
+        /// Which packets to receive, see [`PacketFilter`].
+        GEN_CURRENT_PACKET_FILTER = 0x0001_010e,
+        /// Largest frame.
+        GEN_MAXIMUM_TOTAL_SIZE = 0x0001_0111,
+        /// Zero if a cable is plugged in.
+        GEN_MEDIA_CONNECT_STATUS = 0x0001_0114,
+        /// Physical medium.
+        GEN_PHYSICAL_MEDIUM = 0x0001_0202,
+        /// See [`RssCapabilities`].
+        GEN_RECEIVE_SCALE_CAPABILITIES = 0x0001_0203,
+        /// See [`RssParameters`].
+        GEN_RECEIVE_SCALE_PARAMETERS = 0x0001_0204,
+        /// A parameter by name, see [`crate::rndis::ConfigParameter`].
+        GEN_RNDIS_CONFIG_PARAMETER = 0x0001_021b,
+        /// Frames sent.
+        GEN_XMIT_OK = 0x0002_0101,
+        /// Frames received.
+        GEN_RCV_OK = 0x0002_0102,
+        /// Name of the adapter, in UTF-16.
+        GEN_FRIENDLY_NAME = 0x0002_0216,
+        /// The MAC address given at manufacture.
+        PERMANENT_ADDRESS = 0x0101_0101,
+        /// The MAC address in use.
+        CURRENT_ADDRESS = 0x0101_0102,
+        /// Multicast addresses to receive.
+        MULTICAST_LIST = 0x0101_0103,
+        /// Most multicast addresses.
+        MAXIMUM_LIST_SIZE = 0x0101_0104,
+        /// See [`Offload`].
+        TCP_OFFLOAD_CURRENT_CONFIG = 0xfc01_020b,
+        /// See [`OffloadParameters`].
+        TCP_OFFLOAD_PARAMETERS = 0xfc01_020c,
+        /// See [`Offload`].
+        TCP_OFFLOAD_HARDWARE_CAPABILITIES = 0xfc01_020d,
     }
 }
 
-/// Bits of [`Oid::GEN_CURRENT_PACKET_FILTER`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PacketFilter(pub u32);
-
-impl PacketFilter {
-    /// Packets to the device's MAC address.
-    pub const DIRECTED: Self = Self(1 << 0);
-    /// Packets to addresses of the multicast list.
-    pub const MULTICAST: Self = Self(1 << 1);
-    /// Packets to all multicast addresses.
-    pub const ALL_MULTICAST: Self = Self(1 << 2);
-    /// Packets to the broadcast address.
-    pub const BROADCAST: Self = Self(1 << 3);
-    /// All packets.
-    pub const PROMISCUOUS: Self = Self(1 << 5);
-
-    /// Whether all bits of `other` are set.
-    pub const fn contains(self, other: Self) -> bool {
-        self.0 & other.0 == other.0
-    }
-
-    /// These bits and those of `other`.
-    pub const fn with(self, other: Self) -> Self {
-        Self(self.0 | other.0)
+bit_sets! {
+    /// Bits of [`Oid::GEN_CURRENT_PACKET_FILTER`].
+    PacketFilter(u32) {
+        /// Packets to the device's MAC address.
+        DIRECTED = 1 << 0,
+        /// Packets to addresses of the multicast list.
+        MULTICAST = 1 << 1,
+        /// Packets to all multicast addresses.
+        ALL_MULTICAST = 1 << 2,
+        /// Packets to the broadcast address.
+        BROADCAST = 1 << 3,
+        /// All packets.
+        PROMISCUOUS = 1 << 5,
     }
 }
 
@@ -192,19 +147,6 @@ pub const MEDIA_DISCONNECTED: u32 = 1;
 
 /// Link speeds are in units of so many bit/s.
 pub const LINK_SPEED_UNIT: u32 = 100;
-
-/// Declares layouts of little-endian integers without alignment.
-macro_rules! layouts {
-    ($($(#[$attr:meta])* $name:ident { $($(#[$fattr:meta])* $field:ident: $fty:ty,)* })*) => {$(
-        $(#[$attr])*
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-        #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-        #[repr(C)]
-        pub struct $name {
-            $($(#[$fattr])* pub $field: $fty,)*
-        }
-    )*};
-}
 
 layouts! {
     /// What each object begins with.
@@ -634,30 +576,19 @@ impl RssCapabilities {
     }
 }
 
-/// Hash function and types of [`RssParameters::hash_info`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HashTypes(pub u32);
-
-impl HashTypes {
-    /// The Toeplitz function.
-    pub const TOEPLITZ: Self = Self(0x0001);
-    /// Addresses of IPv4 packets.
-    pub const IPV4: Self = Self(0x0100);
-    /// Addresses and ports of TCP over IPv4.
-    pub const TCP_IPV4: Self = Self(0x0200);
-    /// Addresses of IPv6 packets.
-    pub const IPV6: Self = Self(0x0400);
-    /// Addresses and ports of TCP over IPv6.
-    pub const TCP_IPV6: Self = Self(0x1000);
-
-    /// Whether all bits of `other` are set.
-    pub const fn contains(self, other: Self) -> bool {
-        self.0 & other.0 == other.0
-    }
-
-    /// These bits and those of `other`.
-    pub const fn with(self, other: Self) -> Self {
-        Self(self.0 | other.0)
+bit_sets! {
+    /// Hash function and types of [`RssParameters::hash_info`].
+    HashTypes(u32) {
+        /// The Toeplitz function.
+        TOEPLITZ = 0x0001,
+        /// Addresses of IPv4 packets.
+        IPV4 = 0x0100,
+        /// Addresses and ports of TCP over IPv4.
+        TCP_IPV4 = 0x0200,
+        /// Addresses of IPv6 packets.
+        IPV6 = 0x0400,
+        /// Addresses and ports of TCP over IPv6.
+        TCP_IPV6 = 0x1000,
     }
 }
 

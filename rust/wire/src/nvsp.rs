@@ -15,7 +15,6 @@
 use core::fmt;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
-use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Length of a message with the largest body of all versions, the padded length of what a driver
 /// sends.
@@ -94,7 +93,7 @@ impl fmt::Display for Error {
                 write!(f, "{what} too short: {have} bytes of {need}")
             }
             Self::UnexpectedType { expected, found } => {
-                write!(f, "message type {} instead of {}", found.0, expected.0)
+                write!(f, "message type {found} instead of {expected}")
             }
             Self::SendTableCount(count) => write!(f, "wrong send table size {count}"),
             Self::SendTableOffset(offset) => write!(f, "send table offset {offset} too big"),
@@ -147,89 +146,62 @@ impl Version {
     }
 }
 
-/// Type of a message; any value is possible.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct MessageType(pub u32);
-
-impl MessageType {
-    /// Proposes versions.
-    pub const INIT: Self = Self(1);
-    /// Answers [`Self::INIT`].
-    pub const INIT_COMPLETE: Self = Self(2);
-    /// Tells the NDIS version.
-    pub const SEND_NDIS_VERSION: Self = Self(100);
-    /// Hands over the receive buffer.
-    pub const SEND_RECEIVE_BUFFER: Self = Self(101);
-    /// Answers [`Self::SEND_RECEIVE_BUFFER`].
-    pub const SEND_RECEIVE_BUFFER_COMPLETE: Self = Self(102);
-    /// Takes the receive buffer back.
-    pub const REVOKE_RECEIVE_BUFFER: Self = Self(103);
-    /// Hands over the send buffer.
-    pub const SEND_SEND_BUFFER: Self = Self(104);
-    /// Answers [`Self::SEND_SEND_BUFFER`].
-    pub const SEND_SEND_BUFFER_COMPLETE: Self = Self(105);
-    /// Takes the send buffer back.
-    pub const REVOKE_SEND_BUFFER: Self = Self(106);
-    /// Carries RNDIS messages.
-    pub const SEND_RNDIS_PACKET: Self = Self(107);
-    /// Answers [`Self::SEND_RNDIS_PACKET`].
-    pub const SEND_RNDIS_PACKET_COMPLETE: Self = Self(108);
-    /// Tells the MTU and what the driver is capable of (version 2).
-    pub const SEND_NDIS_CONFIG: Self = Self(125);
-    /// Announces or withdraws the VF that belongs to the device (version 4).
-    pub const SEND_VF_ASSOCIATION: Self = Self(128);
-    /// Moves traffic between the synthetic path and the VF (version 4).
-    pub const SWITCH_DATA_PATH: Self = Self(129);
-    /// Requests subchannels, and answers that request (version 5).
-    pub const SUBCHANNEL: Self = Self(133);
-    /// Hands over the send indirection table (version 5).
-    pub const SEND_INDIRECTION_TABLE: Self = Self(134);
-
-    /// A name for logs, if the type is known.
-    pub const fn name(self) -> Option<&'static str> {
-        Some(match self {
-            Self::INIT => "INIT",
-            Self::INIT_COMPLETE => "INIT_COMPLETE",
-            Self::SEND_NDIS_VERSION => "SEND_NDIS_VERSION",
-            Self::SEND_RECEIVE_BUFFER => "SEND_RECEIVE_BUFFER",
-            Self::SEND_RECEIVE_BUFFER_COMPLETE => "SEND_RECEIVE_BUFFER_COMPLETE",
-            Self::REVOKE_RECEIVE_BUFFER => "REVOKE_RECEIVE_BUFFER",
-            Self::SEND_SEND_BUFFER => "SEND_SEND_BUFFER",
-            Self::SEND_SEND_BUFFER_COMPLETE => "SEND_SEND_BUFFER_COMPLETE",
-            Self::REVOKE_SEND_BUFFER => "REVOKE_SEND_BUFFER",
-            Self::SEND_RNDIS_PACKET => "SEND_RNDIS_PACKET",
-            Self::SEND_RNDIS_PACKET_COMPLETE => "SEND_RNDIS_PACKET_COMPLETE",
-            Self::SEND_NDIS_CONFIG => "SEND_NDIS_CONFIG",
-            Self::SEND_VF_ASSOCIATION => "SEND_VF_ASSOCIATION",
-            Self::SWITCH_DATA_PATH => "SWITCH_DATA_PATH",
-            Self::SUBCHANNEL => "SUBCHANNEL",
-            Self::SEND_INDIRECTION_TABLE => "SEND_INDIRECTION_TABLE",
-            _ => return None,
-        })
+open_numbers! {
+    /// Type of a message.
+    MessageType(u32) {
+        /// Proposes versions.
+        INIT = 1,
+        /// Answers [`Self::INIT`].
+        INIT_COMPLETE = 2,
+        /// Tells the NDIS version.
+        SEND_NDIS_VERSION = 100,
+        /// Hands over the receive buffer.
+        SEND_RECEIVE_BUFFER = 101,
+        /// Answers [`Self::SEND_RECEIVE_BUFFER`].
+        SEND_RECEIVE_BUFFER_COMPLETE = 102,
+        /// Takes the receive buffer back.
+        REVOKE_RECEIVE_BUFFER = 103,
+        /// Hands over the send buffer.
+        SEND_SEND_BUFFER = 104,
+        /// Answers [`Self::SEND_SEND_BUFFER`].
+        SEND_SEND_BUFFER_COMPLETE = 105,
+        /// Takes the send buffer back.
+        REVOKE_SEND_BUFFER = 106,
+        /// Carries RNDIS messages.
+        SEND_RNDIS_PACKET = 107,
+        /// Answers [`Self::SEND_RNDIS_PACKET`].
+        SEND_RNDIS_PACKET_COMPLETE = 108,
+        /// Tells the MTU and what the driver is capable of (version 2).
+        SEND_NDIS_CONFIG = 125,
+        /// Announces or withdraws the VF that belongs to the device (version 4).
+        SEND_VF_ASSOCIATION = 128,
+        /// Moves traffic between the synthetic path and the VF (version 4).
+        SWITCH_DATA_PATH = 129,
+        /// Requests subchannels, and answers that request (version 5).
+        SUBCHANNEL = 133,
+        /// Hands over the send indirection table (version 5).
+        SEND_INDIRECTION_TABLE = 134,
     }
-}
 
-/// Outcome of a request; any value is possible.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Status(pub u32);
-
-impl Status {
-    /// No outcome yet.
-    pub const NONE: Self = Self(0);
-    /// Done.
-    pub const SUCCESS: Self = Self(1);
-    /// Not done.
-    pub const FAILURE: Self = Self(2);
-    /// The proposed versions are too new.
-    pub const VERSION_TOO_NEW: Self = Self(3);
-    /// The proposed versions are too old.
-    pub const VERSION_TOO_OLD: Self = Self(4);
-    /// The RNDIS message makes no sense.
-    pub const INVALID_RNDIS_PACKET: Self = Self(5);
-    /// Try again.
-    pub const BUSY: Self = Self(6);
-    /// None of the proposed versions is supported.
-    pub const VERSION_UNSUPPORTED: Self = Self(7);
+    /// Outcome of a request.
+    Status(u32) {
+        /// No outcome yet.
+        NONE = 0,
+        /// Done.
+        SUCCESS = 1,
+        /// Not done.
+        FAILURE = 2,
+        /// The proposed versions are too new.
+        VERSION_TOO_NEW = 3,
+        /// The proposed versions are too old.
+        VERSION_TOO_OLD = 4,
+        /// The RNDIS message makes no sense.
+        INVALID_RNDIS_PACKET = 5,
+        /// Try again.
+        BUSY = 6,
+        /// None of the proposed versions is supported.
+        VERSION_UNSUPPORTED = 7,
+    }
 }
 
 /// A message body whose layout has a fixed length.
@@ -242,22 +214,20 @@ pub trait Body: FromBytes + IntoBytes + KnownLayout + Immutable + Unaligned {
 
 /// Declares message bodies: layout and message type.
 macro_rules! bodies {
-    ($($(#[$attr:meta])* $name:ident = $ty:ident { $($(#[$fattr:meta])* $field:ident: $fty:ty,)* })*) => {$(
-        $(#[$attr])*
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-        #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-        #[repr(C)]
-        pub struct $name {
-            $($(#[$fattr])* pub $field: $fty,)*
+    ($($(#[$attr:meta])* $name:ident = $ty:ident { $($(#[$fattr:meta])* $field:ident: $fty:ty,)* })*) => {
+        layouts! {
+            $($(#[$attr])* $name { $($(#[$fattr])* $field: $fty,)* })*
         }
 
-        impl Body for $name {
-            const TYPE: MessageType = MessageType::$ty;
-            const NAME: &'static str = stringify!($name);
-        }
+        $(
+            impl Body for $name {
+                const TYPE: MessageType = MessageType::$ty;
+                const NAME: &'static str = stringify!($name);
+            }
 
-        const _: () = assert!(HEADER_SIZE + size_of::<$name>() <= MESSAGE_SIZE);
-    )*};
+            const _: () = assert!(HEADER_SIZE + size_of::<$name>() <= MESSAGE_SIZE);
+        )*
+    };
 }
 
 bodies! {
@@ -399,94 +369,64 @@ bodies! {
     }
 }
 
-/// A part of the receive buffer that is divided evenly.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    FromBytes,
-    IntoBytes,
-    KnownLayout,
-    Immutable,
-    Unaligned,
-)]
-#[repr(C)]
-pub struct ReceiveSection {
-    /// Offset of the section in the buffer.
-    pub offset: U32,
-    /// Size of a suballocation.
-    pub suballocation_size: U32,
-    /// Number of suballocations.
-    pub num_suballocations: U32,
-    /// Offset of the section's end.
-    pub end_offset: U32,
-}
-
-/// Bits of [`NdisConfig::capabilities`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Capabilities(pub u64);
-
-impl Capabilities {
-    /// Virtual machine queues.
-    pub const VMQ: Self = Self(1 << 0);
-    /// TCP chimney.
-    pub const CHIMNEY: Self = Self(1 << 1);
-    /// SR-IOV.
-    pub const SRIOV: Self = Self(1 << 2);
-    /// VLAN tags in per-packet information.
-    pub const IEEE8021Q: Self = Self(1 << 3);
-    /// Correlation identifiers.
-    pub const CORRELATION_ID: Self = Self(1 << 4);
-    /// Teaming. The host sends link speed changes only to a driver that has this bit.
-    pub const TEAMING: Self = Self(1 << 5);
-    /// Virtual subnet identifiers.
-    pub const VIRTUAL_SUBNET_ID: Self = Self(1 << 6);
-    /// Receive segment coalescing.
-    pub const RSC: Self = Self(1 << 7);
-
-    /// Whether all bits of `other` are set.
-    pub const fn contains(self, other: Self) -> bool {
-        self.0 & other.0 == other.0
-    }
-
-    /// These bits and those of `other`.
-    pub const fn with(self, other: Self) -> Self {
-        Self(self.0 | other.0)
+layouts! {
+    /// A part of the receive buffer that is divided evenly.
+    ReceiveSection {
+        /// Offset of the section in the buffer.
+        offset: U32,
+        /// Size of a suballocation.
+        suballocation_size: U32,
+        /// Number of suballocations.
+        num_suballocations: U32,
+        /// Offset of the section's end.
+        end_offset: U32,
     }
 }
 
-/// Which of the two RNDIS streams a [`SendRndisPacket`] belongs to; any value is possible.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ChannelType(pub u32);
-
-impl ChannelType {
-    /// Frames.
-    pub const DATA: Self = Self(0);
-    /// Everything else.
-    pub const CONTROL: Self = Self(1);
+bit_sets! {
+    /// Bits of [`NdisConfig::capabilities`].
+    Capabilities(u64) {
+        /// Virtual machine queues.
+        VMQ = 1 << 0,
+        /// TCP chimney.
+        CHIMNEY = 1 << 1,
+        /// SR-IOV.
+        SRIOV = 1 << 2,
+        /// VLAN tags in per-packet information.
+        IEEE8021Q = 1 << 3,
+        /// Correlation identifiers.
+        CORRELATION_ID = 1 << 4,
+        /// Teaming. The host sends link speed changes only to a driver that has this bit.
+        TEAMING = 1 << 5,
+        /// Virtual subnet identifiers.
+        VIRTUAL_SUBNET_ID = 1 << 6,
+        /// Receive segment coalescing.
+        RSC = 1 << 7,
+    }
 }
 
-/// A data path; any value is possible.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct DataPath(pub u32);
+open_numbers! {
+    /// Which of the two RNDIS streams a [`SendRndisPacket`] belongs to.
+    ChannelType(u32) {
+        /// Frames.
+        DATA = 0,
+        /// Everything else.
+        CONTROL = 1,
+    }
 
-impl DataPath {
-    /// Traffic goes by VMBus.
-    pub const SYNTHETIC: Self = Self(0);
-    /// Traffic goes by the VF.
-    pub const VF: Self = Self(1);
-}
+    /// A data path.
+    DataPath(u32) {
+        /// Traffic goes by VMBus.
+        SYNTHETIC = 0,
+        /// Traffic goes by the VF.
+        VF = 1,
+    }
 
-/// What a [`SubchannelRequest`] wants; any value is possible.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SubchannelOperation(pub u32);
-
-impl SubchannelOperation {
-    /// Allocate subchannels.
-    pub const ALLOCATE: Self = Self(1);
+    /// What a [`SubchannelRequest`] wants.
+    SubchannelOperation(u32) {
+        /// Allocate subchannels.
+        ALLOCATE = 1,
+    }
 }
 
 /// Length that a host pads a message to with the given version.
@@ -795,6 +735,8 @@ mod tests {
             Ok(HostMessage::Unknown(unknown))
         );
         assert_eq!(unknown.name(), None);
+        assert_eq!(std::format!("{unknown}"), "0x6d");
+        assert_eq!(std::format!("{}", MessageType::INIT), "INIT");
     }
 
     #[test]

@@ -16,12 +16,12 @@
 
 use core::fmt;
 
-use zerocopy::{
-    FromZeros,
-    IntoBytes, //
-};
+use zerocopy::IntoBytes;
 
-use crate::vmbus::PacketDescriptor;
+use crate::vmbus::{
+    PacketDescriptor,
+    PacketType, //
+};
 
 /// Size of the page of control words.
 pub const HEADER_LEN: u32 = 4096;
@@ -213,9 +213,9 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// One of [`crate::vmbus::packet_type`].
-    pub fn packet_type(&self) -> u16 {
-        self.descriptor.packet_type.get()
+    /// What the packet is.
+    pub fn packet_type(&self) -> PacketType {
+        PacketType(self.descriptor.packet_type.get())
     }
 
     /// Flags of the descriptor.
@@ -290,7 +290,7 @@ impl<M: RingMemory> Reader<M> {
             return Err(Corrupt::ShortPacket(available));
         }
 
-        let mut descriptor = PacketDescriptor::new_zeroed();
+        let mut descriptor = PacketDescriptor::default();
         self.copy(self.next, descriptor.as_mut_bytes());
 
         // At most 512 KiB each: no overflow below.
@@ -398,8 +398,8 @@ impl<M: RingMemory> Reader<M> {
 /// A packet to be written.
 #[derive(Clone, Copy, Debug)]
 pub struct Outgoing<'a> {
-    /// One of [`crate::vmbus::packet_type`].
-    pub packet_type: u16,
+    /// What the packet is.
+    pub packet_type: PacketType,
     /// Flags of the descriptor.
     pub flags: u16,
     /// Transaction id of the descriptor.
@@ -499,7 +499,7 @@ impl<M: RingMemory> Writer<M> {
         let length8 = ((needed - TRAILER_LEN) / 8) as u16;
         let offset8 = ((DESCRIPTOR_LEN as usize + packet.header.len()) / 8) as u16;
         let descriptor = PacketDescriptor {
-            packet_type: packet.packet_type.into(),
+            packet_type: packet.packet_type.0.into(),
             offset8: offset8.into(),
             len8: length8.into(),
             flags: packet.flags.into(),
@@ -561,10 +561,6 @@ impl<M: RingMemory> Writer<M> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmbus::packet_type::{
-        COMPLETION,
-        DATA_INBAND, //
-    };
     use core::cell::{
         Cell,
         RefCell, //
@@ -624,7 +620,7 @@ mod tests {
 
     fn inband(payload: &[u8]) -> Outgoing<'_> {
         Outgoing {
-            packet_type: DATA_INBAND,
+            packet_type: PacketType::DATA_INBAND,
             flags: 1,
             transaction_id: 0x1122_3344_5566_7788,
             header: &[],
@@ -650,7 +646,7 @@ mod tests {
                     let header: Vec<u8> = (0..header).map(|n| n as u8).collect();
                     let payload: Vec<u8> = (0..payload).map(|n| 0x80 + n as u8).collect();
                     let packet = Outgoing {
-                        packet_type: COMPLETION,
+                        packet_type: PacketType::COMPLETION,
                         flags: 3,
                         transaction_id: u64::MAX - 1,
                         header: &header,
@@ -659,7 +655,7 @@ mod tests {
                     assert_eq!(writer.write(&packet), Ok(true));
 
                     let found = reader.peek().unwrap().unwrap();
-                    assert_eq!(found.packet_type(), COMPLETION);
+                    assert_eq!(found.packet_type(), PacketType::COMPLETION);
                     assert_eq!(found.flags(), 3);
                     assert_eq!(found.transaction_id(), u64::MAX - 1);
                     assert_eq!(found.header_len(), header.len());

@@ -16,7 +16,6 @@ use core::fmt;
 use core::ops::Range;
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
-use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::ndis::Oid;
 
@@ -88,7 +87,7 @@ impl fmt::Display for Error {
             Self::MessageLength { stated, have } => {
                 write!(f, "message length {stated} in {have} bytes")
             }
-            Self::UnexpectedType(found) => write!(f, "unexpected message type {:#x}", found.0),
+            Self::UnexpectedType(found) => write!(f, "unexpected message type {found}"),
             Self::OutOfBounds {
                 what,
                 offset,
@@ -101,101 +100,64 @@ impl fmt::Display for Error {
     }
 }
 
-/// Type of a message; any value is possible.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct MessageType(pub u32);
-
-impl MessageType {
-    /// A frame.
-    pub const PACKET: Self = Self(1);
-    /// Starts the device.
-    pub const INITIALIZE: Self = Self(2);
-    /// Stops the device; has no answer.
-    pub const HALT: Self = Self(3);
-    /// Reads an object.
-    pub const QUERY: Self = Self(4);
-    /// Writes an object.
-    pub const SET: Self = Self(5);
-    /// Resets the device.
-    pub const RESET: Self = Self(6);
-    /// Tells of an event.
-    pub const INDICATE_STATUS: Self = Self(7);
-    /// Asks for a sign of life.
-    pub const KEEPALIVE: Self = Self(8);
-    /// Answers [`Self::INITIALIZE`].
-    pub const INITIALIZE_COMPLETE: Self = Self(0x8000_0002);
-    /// Answers [`Self::QUERY`].
-    pub const QUERY_COMPLETE: Self = Self(0x8000_0004);
-    /// Answers [`Self::SET`].
-    pub const SET_COMPLETE: Self = Self(0x8000_0005);
-    /// Answers [`Self::RESET`].
-    pub const RESET_COMPLETE: Self = Self(0x8000_0006);
-    /// Answers [`Self::KEEPALIVE`].
-    pub const KEEPALIVE_COMPLETE: Self = Self(0x8000_0008);
-
-    /// A name for logs, if the type is known.
-    pub const fn name(self) -> Option<&'static str> {
-        Some(match self {
-            Self::PACKET => "PACKET",
-            Self::INITIALIZE => "INITIALIZE",
-            Self::HALT => "HALT",
-            Self::QUERY => "QUERY",
-            Self::SET => "SET",
-            Self::RESET => "RESET",
-            Self::INDICATE_STATUS => "INDICATE_STATUS",
-            Self::KEEPALIVE => "KEEPALIVE",
-            Self::INITIALIZE_COMPLETE => "INITIALIZE_COMPLETE",
-            Self::QUERY_COMPLETE => "QUERY_COMPLETE",
-            Self::SET_COMPLETE => "SET_COMPLETE",
-            Self::RESET_COMPLETE => "RESET_COMPLETE",
-            Self::KEEPALIVE_COMPLETE => "KEEPALIVE_COMPLETE",
-            _ => return None,
-        })
+open_numbers! {
+    /// Type of a message.
+    MessageType(u32) {
+        /// A frame.
+        PACKET = 1,
+        /// Starts the device.
+        INITIALIZE = 2,
+        /// Stops the device; has no answer.
+        HALT = 3,
+        /// Reads an object.
+        QUERY = 4,
+        /// Writes an object.
+        SET = 5,
+        /// Resets the device.
+        RESET = 6,
+        /// Tells of an event.
+        INDICATE_STATUS = 7,
+        /// Asks for a sign of life.
+        KEEPALIVE = 8,
+        /// Answers [`Self::INITIALIZE`].
+        INITIALIZE_COMPLETE = 0x8000_0002,
+        /// Answers [`Self::QUERY`].
+        QUERY_COMPLETE = 0x8000_0004,
+        /// Answers [`Self::SET`].
+        SET_COMPLETE = 0x8000_0005,
+        /// Answers [`Self::RESET`].
+        RESET_COMPLETE = 0x8000_0006,
+        /// Answers [`Self::KEEPALIVE`].
+        KEEPALIVE_COMPLETE = 0x8000_0008,
     }
-}
 
-/// Outcome of a request, or event of an [`IndicateStatus`]; any value is possible.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Status(pub u32);
-
-impl Status {
-    /// Done.
-    pub const SUCCESS: Self = Self(0);
-    /// The cable was plugged in.
-    pub const MEDIA_CONNECT: Self = Self(0x4001_000b);
-    /// The cable was pulled.
-    pub const MEDIA_DISCONNECT: Self = Self(0x4001_000c);
-    /// The link speed, which follows in units of 100 bit/s, has changed.
-    pub const LINK_SPEED_CHANGE: Self = Self(0x4001_0013);
-    /// The device hangs on another network now.
-    pub const NETWORK_CHANGE: Self = Self(0x4001_0018);
-    /// The caller's buffer is too small.
-    pub const BUFFER_OVERFLOW: Self = Self(0x8000_0005);
-    /// Not done.
-    pub const FAILURE: Self = Self(0xc000_0001);
-    /// Not supported.
-    pub const NOT_SUPPORTED: Self = Self(0xc000_00bb);
-    /// The version is not supported.
-    pub const BAD_VERSION: Self = Self(0xc001_0004);
-    /// The length of the information makes no sense.
-    pub const INVALID_LENGTH: Self = Self(0xc001_0014);
-    /// The content of the information makes no sense.
-    pub const INVALID_DATA: Self = Self(0xc001_0015);
-    /// The object is not known.
-    pub const INVALID_OID: Self = Self(0xc001_0017);
-}
-
-/// Declares layouts of little-endian integers without alignment.
-macro_rules! layouts {
-    ($($(#[$attr:meta])* $name:ident { $($(#[$fattr:meta])* $field:ident: $fty:ty,)* })*) => {$(
-        $(#[$attr])*
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-        #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-        #[repr(C)]
-        pub struct $name {
-            $($(#[$fattr])* pub $field: $fty,)*
-        }
-    )*};
+    /// Outcome of a request, or event of an [`IndicateStatus`].
+    Status(u32) {
+        /// Done.
+        SUCCESS = 0,
+        /// The cable was plugged in.
+        MEDIA_CONNECT = 0x4001_000b,
+        /// The cable was pulled.
+        MEDIA_DISCONNECT = 0x4001_000c,
+        /// The link speed, which follows in units of 100 bit/s, has changed.
+        LINK_SPEED_CHANGE = 0x4001_0013,
+        /// The device hangs on another network now.
+        NETWORK_CHANGE = 0x4001_0018,
+        /// The caller's buffer is too small.
+        BUFFER_OVERFLOW = 0x8000_0005,
+        /// Not done.
+        FAILURE = 0xc000_0001,
+        /// Not supported.
+        NOT_SUPPORTED = 0xc000_00bb,
+        /// The version is not supported.
+        BAD_VERSION = 0xc001_0004,
+        /// The length of the information makes no sense.
+        INVALID_LENGTH = 0xc001_0014,
+        /// The content of the information makes no sense.
+        INVALID_DATA = 0xc001_0015,
+        /// The object is not known.
+        INVALID_OID = 0xc001_0017,
+    }
 }
 
 layouts! {

@@ -19,13 +19,6 @@ use zerocopy::{
     KnownLayout,
     Unaligned, //
 };
-use zerocopy_derive::{
-    FromBytes,
-    Immutable,
-    IntoBytes,
-    KnownLayout,
-    Unaligned, //
-};
 
 use crate::Guid;
 
@@ -148,101 +141,67 @@ impl fmt::Debug for Version {
     }
 }
 
-/// Message types and their names. A type that is not listed is legal to receive: it is unknown.
-pub mod message_type {
-    /// Host offers a channel: [`super::OfferChannel`].
-    pub const OFFER_CHANNEL: u32 = 1;
-    /// Host takes an offer back: [`super::ChannelId`].
-    pub const RESCIND_CHANNEL_OFFER: u32 = 2;
-    /// Guest asks for all offers; no body.
-    pub const REQUEST_OFFERS: u32 = 3;
-    /// Host has sent all offers of boot time; no body.
-    pub const ALL_OFFERS_DELIVERED: u32 = 4;
-    /// Guest opens a channel: [`super::OpenChannel`].
-    pub const OPEN_CHANNEL: u32 = 5;
-    /// Host answers an open: [`super::OpenResult`].
-    pub const OPEN_CHANNEL_RESULT: u32 = 6;
-    /// Guest closes a channel: [`super::ChannelId`].
-    pub const CLOSE_CHANNEL: u32 = 7;
-    /// Guest begins to describe memory: [`super::GpadlHeader`] and ranges.
-    pub const GPADL_HEADER: u32 = 8;
-    /// Guest continues to describe memory: [`super::GpadlBody`] and page numbers.
-    pub const GPADL_BODY: u32 = 9;
-    /// Host has taken the description: [`super::GpadlCreated`].
-    pub const GPADL_CREATED: u32 = 10;
-    /// Guest takes the memory back: [`super::GpadlTeardown`].
-    pub const GPADL_TEARDOWN: u32 = 11;
-    /// Host does not use the memory any more: [`super::GpadlTorndown`].
-    pub const GPADL_TORNDOWN: u32 = 12;
-    /// Guest has forgotten a rescinded channel: [`super::ChannelId`].
-    pub const RELID_RELEASED: u32 = 13;
-    /// Guest proposes a version: [`super::InitiateContact`].
-    pub const INITIATE_CONTACT: u32 = 14;
-    /// Host answers: [`super::VersionResponse`].
-    pub const VERSION_RESPONSE: u32 = 15;
-    /// Guest ends the connection; no body.
-    pub const UNLOAD: u32 = 16;
-    /// Host has ended the connection; no body.
-    pub const UNLOAD_RESPONSE: u32 = 17;
-    /// Guest opens a channel that exists without an offer.
-    pub const OPEN_RESERVED_CHANNEL: u32 = 18;
-    /// Guest closes a reserved channel.
-    pub const CLOSE_RESERVED_CHANNEL: u32 = 19;
-    /// Host answers the close of a reserved channel.
-    pub const CLOSE_RESERVED_RESPONSE: u32 = 20;
-    /// Guest connects to a Hyper-V socket: [`super::TlConnectRequest`].
-    pub const TL_CONNECT_REQUEST: u32 = 21;
-    /// Guest moves a channel's interrupt: [`super::ModifyChannel`].
-    pub const MODIFY_CHANNEL: u32 = 22;
-    /// Host answers a socket connection: [`super::TlConnectResult`].
-    pub const TL_CONNECT_RESULT: u32 = 23;
-    /// Host answers, from protocol 5.3 on: [`super::ModifyChannelResponse`].
-    pub const MODIFY_CHANNEL_RESPONSE: u32 = 24;
-    /// Guest changes the monitor pages (6.0, by feature flag).
-    pub const MODIFY_CONNECTION: u32 = 25;
-    /// Host answers.
-    pub const MODIFY_CONNECTION_RESPONSE: u32 = 26;
-    /// Guest stops the host's control messages (6.0, by feature flag).
-    pub const PAUSE: u32 = 27;
-    /// Host answers.
-    pub const PAUSE_RESPONSE: u32 = 28;
-    /// Guest lets the host's control messages flow again.
-    pub const RESUME: u32 = 29;
-
-    /// Name of a message type for logs.
-    pub const fn name(message_type: u32) -> &'static str {
-        match message_type {
-            OFFER_CHANNEL => "OFFER_CHANNEL",
-            RESCIND_CHANNEL_OFFER => "RESCIND_CHANNEL_OFFER",
-            REQUEST_OFFERS => "REQUEST_OFFERS",
-            ALL_OFFERS_DELIVERED => "ALL_OFFERS_DELIVERED",
-            OPEN_CHANNEL => "OPEN_CHANNEL",
-            OPEN_CHANNEL_RESULT => "OPEN_CHANNEL_RESULT",
-            CLOSE_CHANNEL => "CLOSE_CHANNEL",
-            GPADL_HEADER => "GPADL_HEADER",
-            GPADL_BODY => "GPADL_BODY",
-            GPADL_CREATED => "GPADL_CREATED",
-            GPADL_TEARDOWN => "GPADL_TEARDOWN",
-            GPADL_TORNDOWN => "GPADL_TORNDOWN",
-            RELID_RELEASED => "RELID_RELEASED",
-            INITIATE_CONTACT => "INITIATE_CONTACT",
-            VERSION_RESPONSE => "VERSION_RESPONSE",
-            UNLOAD => "UNLOAD",
-            UNLOAD_RESPONSE => "UNLOAD_RESPONSE",
-            OPEN_RESERVED_CHANNEL => "OPEN_RESERVED_CHANNEL",
-            CLOSE_RESERVED_CHANNEL => "CLOSE_RESERVED_CHANNEL",
-            CLOSE_RESERVED_RESPONSE => "CLOSE_RESERVED_RESPONSE",
-            TL_CONNECT_REQUEST => "TL_CONNECT_REQUEST",
-            MODIFY_CHANNEL => "MODIFY_CHANNEL",
-            TL_CONNECT_RESULT => "TL_CONNECT_RESULT",
-            MODIFY_CHANNEL_RESPONSE => "MODIFY_CHANNEL_RESPONSE",
-            MODIFY_CONNECTION => "MODIFY_CONNECTION",
-            MODIFY_CONNECTION_RESPONSE => "MODIFY_CONNECTION_RESPONSE",
-            PAUSE => "PAUSE",
-            PAUSE_RESPONSE => "PAUSE_RESPONSE",
-            RESUME => "RESUME",
-            _ => "UNKNOWN",
-        }
+open_numbers! {
+    /// Type of a control message.
+    MessageType(u32) {
+        /// Host offers a channel: [`OfferChannel`].
+        OFFER_CHANNEL = 1,
+        /// Host takes an offer back: [`ChannelId`].
+        RESCIND_CHANNEL_OFFER = 2,
+        /// Guest asks for all offers; no body.
+        REQUEST_OFFERS = 3,
+        /// Host has sent all offers of boot time; no body.
+        ALL_OFFERS_DELIVERED = 4,
+        /// Guest opens a channel: [`OpenChannel`].
+        OPEN_CHANNEL = 5,
+        /// Host answers an open: [`OpenResult`].
+        OPEN_CHANNEL_RESULT = 6,
+        /// Guest closes a channel: [`ChannelId`].
+        CLOSE_CHANNEL = 7,
+        /// Guest begins to describe memory: [`GpadlHeader`] and ranges.
+        GPADL_HEADER = 8,
+        /// Guest continues to describe memory: [`GpadlBody`] and page numbers.
+        GPADL_BODY = 9,
+        /// Host has taken the description: [`GpadlCreated`].
+        GPADL_CREATED = 10,
+        /// Guest takes the memory back: [`GpadlTeardown`].
+        GPADL_TEARDOWN = 11,
+        /// Host does not use the memory any more: [`GpadlTorndown`].
+        GPADL_TORNDOWN = 12,
+        /// Guest has forgotten a rescinded channel: [`ChannelId`].
+        RELID_RELEASED = 13,
+        /// Guest proposes a version: [`InitiateContact`].
+        INITIATE_CONTACT = 14,
+        /// Host answers: [`VersionResponse`].
+        VERSION_RESPONSE = 15,
+        /// Guest ends the connection; no body.
+        UNLOAD = 16,
+        /// Host has ended the connection; no body.
+        UNLOAD_RESPONSE = 17,
+        /// Guest opens a channel that exists without an offer.
+        OPEN_RESERVED_CHANNEL = 18,
+        /// Guest closes a reserved channel.
+        CLOSE_RESERVED_CHANNEL = 19,
+        /// Host answers the close of a reserved channel.
+        CLOSE_RESERVED_RESPONSE = 20,
+        /// Guest connects to a Hyper-V socket: [`TlConnectRequest`].
+        TL_CONNECT_REQUEST = 21,
+        /// Guest moves a channel's interrupt: [`ModifyChannel`].
+        MODIFY_CHANNEL = 22,
+        /// Host answers a socket connection: [`TlConnectResult`].
+        TL_CONNECT_RESULT = 23,
+        /// Host answers, from protocol 5.3 on: [`ModifyChannelResponse`].
+        MODIFY_CHANNEL_RESPONSE = 24,
+        /// Guest changes the monitor pages (6.0, by feature flag).
+        MODIFY_CONNECTION = 25,
+        /// Host answers.
+        MODIFY_CONNECTION_RESPONSE = 26,
+        /// Guest stops the host's control messages (6.0, by feature flag).
+        PAUSE = 27,
+        /// Host answers.
+        PAUSE_RESPONSE = 28,
+        /// Guest lets the host's control messages flow again.
+        RESUME = 29,
     }
 }
 
@@ -288,44 +247,21 @@ pub mod feature_flag {
     pub const PAUSE_RESUME: u32 = 0x20;
 }
 
-/// Declares a byte-image structure with the derives that all of them need.
-macro_rules! wire_struct {
-    ($(#[$meta:meta])* pub struct $name:ident { $($(#[$field_meta:meta])* pub $field:ident: $ty:ty,)* }) => {
-        $(#[$meta])*
-        #[derive(
-            Clone,
-            Copy,
-            Debug,
-            PartialEq,
-            Eq,
-            FromBytes,
-            IntoBytes,
-            Immutable,
-            KnownLayout,
-            Unaligned,
-        )]
-        #[repr(C)]
-        pub struct $name {
-            $($(#[$field_meta])* pub $field: $ty,)*
-        }
-    };
-}
-
-wire_struct! {
+layouts! {
     /// The beginning of every control message.
-    pub struct MessageHeader {
-        /// One of [`message_type`].
-        pub message_type: U32,
+    MessageHeader {
+        /// A [`MessageType`].
+        message_type: U32,
         /// Zero.
-        pub padding: U32,
+        padding: U32,
     }
 }
 
 impl MessageHeader {
     /// The header of a message of the given type.
-    pub const fn new(message_type: u32) -> Self {
+    pub const fn new(message_type: MessageType) -> Self {
         Self {
-            message_type: U32::new(message_type),
+            message_type: U32::new(message_type.0),
             padding: U32::ZERO,
         }
     }
@@ -366,7 +302,7 @@ pub struct MessageBuffer {
 
 impl MessageBuffer {
     /// A message without body.
-    pub fn empty(message_type: u32) -> Self {
+    pub fn empty(message_type: MessageType) -> Self {
         let header = MessageHeader::new(message_type);
         let mut bytes = [0; MAX_MESSAGE_LEN];
         let len = size_of::<MessageHeader>();
@@ -375,7 +311,7 @@ impl MessageBuffer {
     }
 
     /// A message with a body. `None` if it is longer than a message can be.
-    pub fn new<T: IntoBytes + Immutable>(message_type: u32, body: &T) -> Option<Self> {
+    pub fn new<T: IntoBytes + Immutable>(message_type: MessageType, body: &T) -> Option<Self> {
         let mut message = Self::empty(message_type);
         message.push(body.as_bytes())?;
         Some(message)
@@ -395,97 +331,87 @@ impl MessageBuffer {
     }
 }
 
-wire_struct! {
-    /// Body of [`message_type::OFFER_CHANNEL`].
-    pub struct OfferChannel {
+layouts! {
+    /// Body of [`MessageType::OFFER_CHANNEL`].
+    OfferChannel {
         /// Device class.
-        pub class: Guid,
+        class: Guid,
         /// Device instance.
-        pub instance: Guid,
+        instance: Guid,
         /// Zero.
-        pub reserved: [U32; 4],
+        reserved: [U32; 4],
         /// [`offer_flag`] bits.
-        pub flags: U16,
+        flags: U16,
         /// MMIO space the device needs, in megabytes.
-        pub mmio_megabytes: U16,
+        mmio_megabytes: U16,
         /// Meaning depends on the class.
-        pub user_defined: [u8; USER_DEFINED_LEN],
+        user_defined: [u8; USER_DEFINED_LEN],
         /// Zero for the primary channel.
-        pub subchannel_index: U16,
+        subchannel_index: U16,
         /// MMIO space the device can use, in megabytes.
-        pub mmio_megabytes_optional: U16,
+        mmio_megabytes_optional: U16,
         /// Names the channel in all other messages; also its event flag number.
-        pub relid: U32,
+        relid: U32,
         /// Bit in the monitor page, if allocated.
-        pub monitor_id: u8,
+        monitor_id: u8,
         /// Bit 0: the monitor bit is allocated.
-        pub monitor_allocated: u8,
+        monitor_allocated: u8,
         /// Bit 0: the channel has a connection id of its own.
-        pub is_dedicated: U16,
+        is_dedicated: U16,
         /// Connection id for signalling the host.
-        pub connection_id: U32,
+        connection_id: U32,
     }
-}
 
-wire_struct! {
     /// Body of the messages that only name a channel.
-    pub struct ChannelId {
+    ChannelId {
         /// The channel.
-        pub relid: U32,
+        relid: U32,
     }
-}
 
-wire_struct! {
-    /// Body of [`message_type::OPEN_CHANNEL`].
-    pub struct OpenChannel {
+    /// Body of [`MessageType::OPEN_CHANNEL`].
+    OpenChannel {
         /// The channel.
-        pub relid: U32,
+        relid: U32,
         /// Repeated in the result.
-        pub open_id: U32,
+        open_id: U32,
         /// GPADL that holds both rings.
-        pub ring_gpadl: U32,
+        ring_gpadl: U32,
         /// Virtual processor to interrupt.
-        pub target_vp: U32,
+        target_vp: U32,
         /// Page of the GPADL where the host-to-guest ring begins.
-        pub downstream_page_offset: U32,
+        downstream_page_offset: U32,
         /// For the device.
-        pub user_data: [u8; USER_DEFINED_LEN],
+        user_data: [u8; USER_DEFINED_LEN],
     }
-}
 
-wire_struct! {
-    /// Body of [`message_type::OPEN_CHANNEL_RESULT`].
-    pub struct OpenResult {
+    /// Body of [`MessageType::OPEN_CHANNEL_RESULT`].
+    OpenResult {
         /// The channel.
-        pub relid: U32,
+        relid: U32,
         /// From the request.
-        pub open_id: U32,
+        open_id: U32,
         /// [`status`].
-        pub status: U32,
+        status: U32,
     }
-}
 
-wire_struct! {
-    /// Fixed part of [`message_type::GPADL_HEADER`]; the beginning of the range buffer follows.
-    pub struct GpadlHeader {
+    /// Fixed part of [`MessageType::GPADL_HEADER`]; the beginning of the range buffer follows.
+    GpadlHeader {
         /// The channel.
-        pub relid: U32,
+        relid: U32,
         /// Chosen by the guest.
-        pub gpadl: U32,
+        gpadl: U32,
         /// Bytes of the whole range buffer, in this message and the bodies.
-        pub range_buffer_len: U16,
+        range_buffer_len: U16,
         /// Number of ranges.
-        pub range_count: U16,
+        range_count: U16,
     }
-}
 
-wire_struct! {
-    /// Fixed part of [`message_type::GPADL_BODY`]; more of the range buffer follows.
-    pub struct GpadlBody {
+    /// Fixed part of [`MessageType::GPADL_BODY`]; more of the range buffer follows.
+    GpadlBody {
         /// Number of the body message; Linux leaves it zero.
-        pub message_number: U32,
+        message_number: U32,
         /// From the header.
-        pub gpadl: U32,
+        gpadl: U32,
     }
 }
 
@@ -500,50 +426,44 @@ pub const GPADL_HEADER_PFNS: usize = (MAX_MESSAGE_LEN
 pub const GPADL_BODY_PFNS: usize =
     (MAX_MESSAGE_LEN - size_of::<MessageHeader>() - size_of::<GpadlBody>()) / 8;
 
-wire_struct! {
-    /// Body of [`message_type::GPADL_CREATED`].
-    pub struct GpadlCreated {
+layouts! {
+    /// Body of [`MessageType::GPADL_CREATED`].
+    GpadlCreated {
         /// The channel.
-        pub relid: U32,
+        relid: U32,
         /// The GPADL.
-        pub gpadl: U32,
+        gpadl: U32,
         /// [`status`].
-        pub status: U32,
+        status: U32,
     }
-}
 
-wire_struct! {
-    /// Body of [`message_type::GPADL_TEARDOWN`].
-    pub struct GpadlTeardown {
+    /// Body of [`MessageType::GPADL_TEARDOWN`].
+    GpadlTeardown {
         /// The channel.
-        pub relid: U32,
+        relid: U32,
         /// The GPADL.
-        pub gpadl: U32,
+        gpadl: U32,
     }
-}
 
-wire_struct! {
-    /// Body of [`message_type::GPADL_TORNDOWN`].
-    pub struct GpadlTorndown {
+    /// Body of [`MessageType::GPADL_TORNDOWN`].
+    GpadlTorndown {
         /// The GPADL.
-        pub gpadl: U32,
+        gpadl: U32,
     }
-}
 
-wire_struct! {
-    /// Body of [`message_type::INITIATE_CONTACT`].
-    pub struct InitiateContact {
+    /// Body of [`MessageType::INITIATE_CONTACT`].
+    InitiateContact {
         /// The [`Version`] that the guest proposes.
-        pub version: U32,
+        version: U32,
         /// Virtual processor that shall get the host's messages.
-        pub target_vp: U32,
+        target_vp: U32,
         /// Before 5.0 the address of the interrupt page. From 5.0 on byte 0 is the message SINT,
         /// byte 1 the trust level, bytes 4-7 are [`feature_flag`] bits (6.0).
-        pub interrupt_page_or_target: U64,
+        interrupt_page_or_target: U64,
         /// Address of the host-to-guest monitor page.
-        pub monitor_page_to_guest: U64,
+        monitor_page_to_guest: U64,
         /// Address of the guest-to-host monitor page.
-        pub monitor_page_to_host: U64,
+        monitor_page_to_host: U64,
     }
 }
 
@@ -564,153 +484,126 @@ impl InitiateContact {
     }
 }
 
-wire_struct! {
-    /// Body of [`message_type::VERSION_RESPONSE`].
-    pub struct VersionResponse {
+layouts! {
+    /// Body of [`MessageType::VERSION_RESPONSE`].
+    VersionResponse {
         /// One if the proposed version is accepted.
-        pub version_supported: u8,
+        version_supported: u8,
         /// Zero if the connection was made.
-        pub connection_state: u8,
+        connection_state: u8,
         /// Zero.
-        pub padding: U16,
+        padding: U16,
         /// Connection id for all further messages, from protocol 5.0 on.
-        pub message_connection_id: U32,
+        message_connection_id: U32,
     }
-}
 
-wire_struct! {
-    /// Body of [`message_type::TL_CONNECT_REQUEST`].
-    pub struct TlConnectRequest {
+    /// Body of [`MessageType::TL_CONNECT_REQUEST`].
+    TlConnectRequest {
         /// Endpoint in the guest.
-        pub endpoint: Guid,
+        endpoint: Guid,
         /// Service of the host.
-        pub service: Guid,
+        service: Guid,
     }
-}
 
-wire_struct! {
-    /// Body of [`message_type::TL_CONNECT_RESULT`].
-    pub struct TlConnectResult {
+    /// Body of [`MessageType::TL_CONNECT_RESULT`].
+    TlConnectResult {
         /// Endpoint in the guest.
-        pub endpoint: Guid,
+        endpoint: Guid,
         /// Service of the host.
-        pub service: Guid,
+        service: Guid,
         /// [`status`].
-        pub status: U32,
+        status: U32,
     }
-}
 
-wire_struct! {
-    /// Body of [`message_type::MODIFY_CHANNEL`].
-    pub struct ModifyChannel {
+    /// Body of [`MessageType::MODIFY_CHANNEL`].
+    ModifyChannel {
         /// The channel.
-        pub relid: U32,
+        relid: U32,
         /// Virtual processor to interrupt from now on.
-        pub target_vp: U32,
+        target_vp: U32,
     }
-}
 
-wire_struct! {
-    /// Body of [`message_type::MODIFY_CHANNEL_RESPONSE`].
-    pub struct ModifyChannelResponse {
+    /// Body of [`MessageType::MODIFY_CHANNEL_RESPONSE`].
+    ModifyChannelResponse {
         /// The channel.
-        pub relid: U32,
+        relid: U32,
         /// [`status`].
-        pub status: U32,
+        status: U32,
     }
 }
 
-/// Types of ring packets.
-pub mod packet_type {
-    /// Payload directly behind the descriptor.
-    pub const DATA_INBAND: u16 = 0x6;
-    /// Payload and ranges of a transfer page set (host to guest).
-    pub const DATA_USING_XFER_PAGES: u16 = 0x7;
-    /// Payload and ranges of a GPADL.
-    pub const DATA_USING_GPADL: u16 = 0x8;
-    /// Payload and ranges of guest memory (guest to host).
-    pub const DATA_USING_GPA_DIRECT: u16 = 0x9;
-    /// The sender does not want the answer any more.
-    pub const CANCEL_REQUEST: u16 = 0xa;
-    /// Answer to the packet with the same transaction id.
-    pub const COMPLETION: u16 = 0xb;
-
-    /// Name of a packet type for logs.
-    pub const fn name(packet_type: u16) -> &'static str {
-        match packet_type {
-            DATA_INBAND => "DATA_INBAND",
-            DATA_USING_XFER_PAGES => "DATA_USING_XFER_PAGES",
-            DATA_USING_GPADL => "DATA_USING_GPADL",
-            DATA_USING_GPA_DIRECT => "DATA_USING_GPA_DIRECT",
-            CANCEL_REQUEST => "CANCEL_REQUEST",
-            COMPLETION => "COMPLETION",
-            _ => "UNKNOWN",
-        }
+open_numbers! {
+    /// Type of a ring packet.
+    PacketType(u16) {
+        /// Payload directly behind the descriptor.
+        DATA_INBAND = 0x6,
+        /// Payload and ranges of a transfer page set (host to guest).
+        DATA_USING_XFER_PAGES = 0x7,
+        /// Payload and ranges of a GPADL.
+        DATA_USING_GPADL = 0x8,
+        /// Payload and ranges of guest memory (guest to host).
+        DATA_USING_GPA_DIRECT = 0x9,
+        /// The sender does not want the answer any more.
+        CANCEL_REQUEST = 0xa,
+        /// Answer to the packet with the same transaction id.
+        COMPLETION = 0xb,
     }
 }
 
 /// Packet flag: the sender waits for a completion.
 pub const PACKET_FLAG_COMPLETION_REQUESTED: u16 = 1;
 
-wire_struct! {
+layouts! {
     /// The beginning of every ring packet.
-    pub struct PacketDescriptor {
-        /// One of [`packet_type`].
-        pub packet_type: U16,
+    PacketDescriptor {
+        /// A [`PacketType`].
+        packet_type: U16,
         /// Offset of the payload from the descriptor, in units of 8 bytes.
-        pub offset8: U16,
+        offset8: U16,
         /// Length of the packet from the descriptor, in units of 8 bytes.
-        pub len8: U16,
+        len8: U16,
         /// [`PACKET_FLAG_COMPLETION_REQUESTED`].
-        pub flags: U16,
+        flags: U16,
         /// Chosen by the sender, repeated in the completion.
-        pub transaction_id: U64,
+        transaction_id: U64,
     }
-}
 
-wire_struct! {
-    /// Behind the descriptor of a [`packet_type::DATA_USING_XFER_PAGES`] packet; followed by
+    /// Behind the descriptor of a [`PacketType::DATA_USING_XFER_PAGES`] packet; followed by
     /// `range_count` [`TransferRange`]s.
-    pub struct TransferPagesHeader {
+    TransferPagesHeader {
         /// The page set, a number that both ends know.
-        pub pageset_id: U16,
+        pageset_id: U16,
         /// Whether the sender owns the set.
-        pub sender_owns_set: u8,
+        sender_owns_set: u8,
         /// Zero.
-        pub reserved: u8,
+        reserved: u8,
         /// Number of ranges.
-        pub range_count: U32,
+        range_count: U32,
     }
-}
 
-wire_struct! {
     /// Part of a transfer page set.
-    pub struct TransferRange {
+    TransferRange {
         /// Bytes.
-        pub byte_count: U32,
+        byte_count: U32,
         /// Offset from the beginning of the set.
-        pub byte_offset: U32,
+        byte_offset: U32,
     }
-}
 
-wire_struct! {
-    /// Behind the descriptor of a [`packet_type::DATA_USING_GPA_DIRECT`] packet; followed by
+    /// Behind the descriptor of a [`PacketType::DATA_USING_GPA_DIRECT`] packet; followed by
     /// `range_count` times [`GpaRangeHeader`] and page numbers.
-    pub struct GpaDirectHeader {
+    GpaDirectHeader {
         /// Zero.
-        pub reserved: U32,
+        reserved: U32,
         /// Number of ranges.
-        pub range_count: U32,
+        range_count: U32,
     }
-}
 
-wire_struct! {
     /// A virtually contiguous range of guest memory; the page numbers follow.
-    pub struct GpaRangeHeader {
+    GpaRangeHeader {
         /// Bytes.
-        pub byte_count: U32,
+        byte_count: U32,
         /// Offset of the first byte in the first page.
-        pub byte_offset: U32,
+        byte_offset: U32,
     }
 }
 
@@ -841,14 +734,16 @@ mod tests {
 
     #[test]
     fn offer_fields_are_in_place() {
-        let mut offer = OfferChannel::read_from_bytes(&[0; 188]).unwrap();
-        offer.class = class::NETWORK;
-        offer.flags = 0x1234.into();
-        offer.subchannel_index = 0x5678.into();
-        offer.relid = 0x9abc_def0.into();
-        offer.monitor_allocated = 1;
-        offer.is_dedicated = 1.into();
-        offer.connection_id = 0x2001.into();
+        let offer = OfferChannel {
+            class: class::NETWORK,
+            flags: 0x1234.into(),
+            subchannel_index: 0x5678.into(),
+            relid: 0x9abc_def0.into(),
+            monitor_allocated: 1,
+            is_dedicated: 1.into(),
+            connection_id: 0x2001.into(),
+            ..OfferChannel::default()
+        };
         let bytes = offer.as_bytes();
         assert_eq!(bytes[0], 0x63);
         assert_eq!(bytes[48..50], [0x34, 0x12]);
@@ -869,8 +764,10 @@ mod tests {
 
     #[test]
     fn contact_target_is_split() {
-        let mut contact = InitiateContact::read_from_bytes(&[0; 32]).unwrap();
-        contact.interrupt_page_or_target = 0x8765_4321_0000_0502.into();
+        let contact = InitiateContact {
+            interrupt_page_or_target: 0x8765_4321_0000_0502.into(),
+            ..InitiateContact::default()
+        };
         assert_eq!(contact.message_sint(), 2);
         assert_eq!(contact.message_vtl(), 5);
         assert_eq!(contact.feature_flags(), 0x8765_4321);
@@ -896,7 +793,7 @@ mod tests {
 
     #[test]
     fn message_buffers_end_at_their_limit() {
-        let mut message = MessageBuffer::empty(message_type::UNLOAD);
+        let mut message = MessageBuffer::empty(MessageType::UNLOAD);
         assert_eq!(message.as_bytes(), [16, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(message.push(&[1; 233]), None);
         assert_eq!(message.as_bytes().len(), 8);
@@ -904,8 +801,8 @@ mod tests {
         assert_eq!(message.push(&[]), Some(()));
         assert_eq!(message.push(&[1]), None);
         assert_eq!(message.as_bytes().len(), MAX_MESSAGE_LEN);
-        assert!(MessageBuffer::new(1, &[0u8; 232]).is_some());
-        assert!(MessageBuffer::new(1, &[0u8; 233]).is_none());
+        assert!(MessageBuffer::new(MessageType::OFFER_CHANNEL, &[0u8; 232]).is_some());
+        assert!(MessageBuffer::new(MessageType::OFFER_CHANNEL, &[0u8; 233]).is_none());
     }
 
     fn range_header(byte_count: u32, byte_offset: u32) -> GpaRangeHeader {

@@ -148,41 +148,9 @@ fn put<T: IntoBytes + Immutable>(what: &'static str, message: &T, out: &mut [u8]
     }
 }
 
-macro_rules! open_enum {
-    (
-        $(#[$meta:meta])*
-        pub struct $name:ident($int:ty) { $( $(#[$vmeta:meta])* $value:ident = $number:expr, )* }
-    ) => {
-        $(#[$meta])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(pub $int);
-
-        impl $name {
-            $( $(#[$vmeta])* pub const $value: Self = Self($number); )*
-
-            /// Name of a known value.
-            pub fn name(self) -> Option<&'static str> {
-                match self {
-                    $( Self::$value => Some(stringify!($value)), )*
-                    _ => None,
-                }
-            }
-        }
-
-        impl fmt::Debug for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                match self.name() {
-                    Some(name) => f.write_str(name),
-                    None => write!(f, "{:#x}", self.0),
-                }
-            }
-        }
-    };
-}
-
-open_enum! {
+open_numbers! {
     /// Version of the protocol: major number in the high half, minor in the low.
-    pub struct ProtocolVersion(u32) {
+    ProtocolVersion(u32) {
         /// Windows 10.
         V1_1 = 0x1_0001,
         /// Processor lists instead of a mask, so more than 64 processors.
@@ -228,9 +196,9 @@ impl ProtocolVersion {
     }
 }
 
-open_enum! {
+open_numbers! {
     /// First word of each in-band message.
-    pub struct MessageType(u32) {
+    MessageType(u32) {
         /// Host → guest: the functions of the bus, until version 1.2.
         BUS_RELATIONS = 0x4249_0000,
         /// Guest → host: asks for the bus relations; they come as an event, not as a completion.
@@ -293,9 +261,9 @@ impl MessageType {
     }
 }
 
-open_enum! {
+open_numbers! {
     /// First word of each completion: an NTSTATUS, negative when the request failed.
-    pub struct Status(i32) {
+    Status(i32) {
         /// Done.
         SUCCESS = 0,
         /// General failure.

@@ -43,10 +43,7 @@ impl Worker {
     /// Handles a control message.
     pub(crate) fn control(&mut self, bytes: &[u8]) -> Result<(), rndis::Error> {
         let message = Message::parse(bytes)?;
-        let name = match message.message_type.name() {
-            Some(name) => format!("RNDIS_{name}"),
-            None => format!("RNDIS_{:#x}", message.message_type.0),
-        };
+        let name = format!("RNDIS_{}", message.message_type);
         self.postpone_vf();
         match message.message_type {
             MessageType::INITIALIZE => {
@@ -70,14 +67,10 @@ impl Worker {
             MessageType::QUERY | MessageType::SET => {
                 let request = message.object_request()?;
                 let (set, oid) = (message.message_type == MessageType::SET, request.oid);
-                let object = match oid.name() {
-                    Some(name) => name.to_owned(),
-                    None => format!("{:#x}", oid.0),
-                };
                 self.record(
                     Direction::GuestToHost,
                     &name,
-                    format_args!("oid={object} length={}", request.info.len()),
+                    format_args!("oid={oid} length={}", request.info.len()),
                 );
                 let outcome = if set {
                     self.set(oid, request.info).map(|()| Vec::new())
@@ -116,7 +109,7 @@ impl Worker {
                 self.record(
                     Direction::HostToGuest,
                     name,
-                    format_args!("oid={object} status={:#x} length={}", status.0, info.len()),
+                    format_args!("oid={oid} status={:#x} length={}", status.0, info.len()),
                 );
                 buffer.truncate(length);
                 self.answer(&points, Answer::Control(buffer));

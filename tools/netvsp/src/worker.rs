@@ -332,10 +332,7 @@ impl Worker {
     /// An NVSP message other than an RNDIS packet.
     fn message(&mut self, packet: &Packet, message: GuestMessage) {
         let ty = nvsp::message_type(&packet.payload).unwrap_or(MessageType(0));
-        let name = match ty.name() {
-            Some(name) => format!("NVSP_{name}"),
-            None => format!("NVSP_{}", ty.0),
-        };
+        let name = format!("NVSP_{ty}");
         let mut fields = String::new();
         // Writing to a string does not fail.
         let _ = describe(&mut fields, &message);

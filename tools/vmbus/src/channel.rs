@@ -14,7 +14,7 @@ use std::{
 use hyperv_wire::{
     ring::{Corrupt, Incoming, Outgoing, Reader, WriteError, Writer},
     vmbus::{
-        self, packet_type, GpaDirectHeader, GpaRanges, RangeError, TooShort, TransferPagesHeader,
+        self, GpaDirectHeader, GpaRanges, PacketType, RangeError, TooShort, TransferPagesHeader,
         Version, PACKET_FLAG_COMPLETION_REQUESTED, USER_DEFINED_LEN,
     },
 };
@@ -98,7 +98,7 @@ pub enum PacketKind {
         ranges: Vec<TransferRange>,
     },
     /// Another type.
-    Other(u16),
+    Other(PacketType),
 }
 
 /// A packet from the guest, copied out of the ring.
@@ -434,7 +434,7 @@ impl Channel {
         payload: &[u8],
     ) -> Result<(), SendError> {
         self.send(&Outgoing {
-            packet_type: packet_type::DATA_INBAND,
+            packet_type: PacketType::DATA_INBAND,
             flags: if completion_requested {
                 PACKET_FLAG_COMPLETION_REQUESTED
             } else {
@@ -449,7 +449,7 @@ impl Channel {
     /// Answers the guest's packet with that transaction id.
     pub fn send_completion(&self, transaction_id: u64, payload: &[u8]) -> Result<(), SendError> {
         self.send(&Outgoing {
-            packet_type: packet_type::COMPLETION,
+            packet_type: PacketType::COMPLETION,
             flags: 0,
             transaction_id,
             header: &[],
@@ -482,7 +482,7 @@ impl Channel {
             bytes.extend_from_slice(range.as_bytes());
         }
         self.send(&Outgoing {
-            packet_type: packet_type::DATA_USING_XFER_PAGES,
+            packet_type: PacketType::DATA_USING_XFER_PAGES,
             flags: PACKET_FLAG_COMPLETION_REQUESTED,
             transaction_id,
             header: &bytes,
@@ -499,16 +499,16 @@ fn copy_packet(reader: &Reader<GuestRing>, incoming: &Incoming) -> Result<Packet
     let mut header = Vec::new();
     if matches!(
         incoming.packet_type(),
-        packet_type::DATA_USING_GPA_DIRECT | packet_type::DATA_USING_XFER_PAGES
+        PacketType::DATA_USING_GPA_DIRECT | PacketType::DATA_USING_XFER_PAGES
     ) {
         header.resize(incoming.header_len(), 0);
         reader.read_header(incoming, &mut header);
     }
 
     let kind = match incoming.packet_type() {
-        packet_type::DATA_INBAND => PacketKind::InBand,
-        packet_type::COMPLETION => PacketKind::Completion,
-        packet_type::DATA_USING_GPA_DIRECT => {
+        PacketType::DATA_INBAND => PacketKind::InBand,
+        PacketType::COMPLETION => PacketKind::Completion,
+        PacketType::DATA_USING_GPA_DIRECT => {
             let (fixed, rest) =
                 vmbus::parse::<GpaDirectHeader>(&header).map_err(RecvError::Header)?;
             let ranges = GpaRanges::new(rest, fixed.range_count.get())
@@ -517,7 +517,7 @@ fn copy_packet(reader: &Reader<GuestRing>, incoming: &Incoming) -> Result<Packet
                 .map_err(RecvError::Ranges)?;
             PacketKind::GpaDirect(ranges)
         }
-        packet_type::DATA_USING_XFER_PAGES => {
+        PacketType::DATA_USING_XFER_PAGES => {
             let (fixed, mut rest) =
                 vmbus::parse::<TransferPagesHeader>(&header).map_err(RecvError::Header)?;
             let mut ranges = Vec::new();

@@ -3,29 +3,32 @@
 //! Control messages as log lines.
 
 use hyperv_wire::vmbus::{
-    self, message_type as mt, ChannelId, GpadlBody, GpadlCreated, GpadlHeader, GpadlTeardown,
-    GpadlTorndown, InitiateContact, MessageHeader, ModifyChannel, ModifyChannelResponse,
+    self, ChannelId, GpadlBody, GpadlCreated, GpadlHeader, GpadlTeardown, GpadlTorndown,
+    InitiateContact, MessageHeader, MessageType, ModifyChannel, ModifyChannelResponse,
     OfferChannel, OpenChannel, OpenResult, TlConnectRequest, TlConnectResult, TooShort, Version,
     VersionResponse,
 };
+
+/// Stands for the name of a message that has none.
+const UNKNOWN: &str = "UNKNOWN";
 
 /// Name and fields of a message.
 pub(crate) fn describe(message: &[u8]) -> (&'static str, String) {
     match vmbus::parse::<MessageHeader>(message) {
         Ok((header, body)) => {
-            let message_type = header.message_type.get();
+            let message_type = MessageType(header.message_type.get());
             let fields =
                 fields(message_type, body).unwrap_or_else(|short| format!("truncated: {short}"));
-            (mt::name(message_type), fields)
+            (message_type.name().unwrap_or(UNKNOWN), fields)
         }
-        Err(short) => ("UNKNOWN", format!("truncated: {short}")),
+        Err(short) => (UNKNOWN, format!("truncated: {short}")),
     }
 }
 
 /// Fields of a message of the given type.
-fn fields(message_type: u32, body: &[u8]) -> Result<String, TooShort> {
+fn fields(message_type: MessageType, body: &[u8]) -> Result<String, TooShort> {
     Ok(match message_type {
-        mt::OFFER_CHANNEL => {
+        MessageType::OFFER_CHANNEL => {
             let m = vmbus::parse::<OfferChannel>(body)?.0;
             format!(
                 "relid={} class={} instance={} subchannel={} flags={:#x} mmio_mb={} \
@@ -40,31 +43,33 @@ fn fields(message_type: u32, body: &[u8]) -> Result<String, TooShort> {
                 m.connection_id
             )
         }
-        mt::RESCIND_CHANNEL_OFFER | mt::CLOSE_CHANNEL | mt::RELID_RELEASED => {
+        MessageType::RESCIND_CHANNEL_OFFER
+        | MessageType::CLOSE_CHANNEL
+        | MessageType::RELID_RELEASED => {
             format!("relid={}", vmbus::parse::<ChannelId>(body)?.0.relid)
         }
-        mt::OPEN_CHANNEL => {
+        MessageType::OPEN_CHANNEL => {
             let m = vmbus::parse::<OpenChannel>(body)?.0;
             format!(
                 "relid={} open_id={} ring_gpadl={:#x} target_vp={} downstream_page={}",
                 m.relid, m.open_id, m.ring_gpadl, m.target_vp, m.downstream_page_offset
             )
         }
-        mt::OPEN_CHANNEL_RESULT => {
+        MessageType::OPEN_CHANNEL_RESULT => {
             let m = vmbus::parse::<OpenResult>(body)?.0;
             format!(
                 "relid={} open_id={} status={:#x}",
                 m.relid, m.open_id, m.status
             )
         }
-        mt::GPADL_HEADER => {
+        MessageType::GPADL_HEADER => {
             let m = vmbus::parse::<GpadlHeader>(body)?.0;
             format!(
                 "relid={} gpadl={:#x} ranges={} bytes={}",
                 m.relid, m.gpadl, m.range_count, m.range_buffer_len
             )
         }
-        mt::GPADL_BODY => {
+        MessageType::GPADL_BODY => {
             let (m, rest) = vmbus::parse::<GpadlBody>(body)?;
             format!(
                 "gpadl={:#x} number={} bytes={}",
@@ -73,21 +78,21 @@ fn fields(message_type: u32, body: &[u8]) -> Result<String, TooShort> {
                 rest.len()
             )
         }
-        mt::GPADL_CREATED => {
+        MessageType::GPADL_CREATED => {
             let m = vmbus::parse::<GpadlCreated>(body)?.0;
             format!(
                 "relid={} gpadl={:#x} status={:#x}",
                 m.relid, m.gpadl, m.status
             )
         }
-        mt::GPADL_TEARDOWN => {
+        MessageType::GPADL_TEARDOWN => {
             let m = vmbus::parse::<GpadlTeardown>(body)?.0;
             format!("relid={} gpadl={:#x}", m.relid, m.gpadl)
         }
-        mt::GPADL_TORNDOWN => {
+        MessageType::GPADL_TORNDOWN => {
             format!("gpadl={:#x}", vmbus::parse::<GpadlTorndown>(body)?.0.gpadl)
         }
-        mt::INITIATE_CONTACT => {
+        MessageType::INITIATE_CONTACT => {
             let m = vmbus::parse::<InitiateContact>(body)?.0;
             let version = Version(m.version.get());
             let target = if version < Version::V5_0 {
@@ -105,35 +110,36 @@ fn fields(message_type: u32, body: &[u8]) -> Result<String, TooShort> {
                 m.target_vp, m.monitor_page_to_guest, m.monitor_page_to_host
             )
         }
-        mt::VERSION_RESPONSE => {
+        MessageType::VERSION_RESPONSE => {
             let m = vmbus::parse::<VersionResponse>(body)?.0;
             format!(
                 "supported={} state={} connection={:#x}",
                 m.version_supported, m.connection_state, m.message_connection_id
             )
         }
-        mt::TL_CONNECT_REQUEST => {
+        MessageType::TL_CONNECT_REQUEST => {
             let m = vmbus::parse::<TlConnectRequest>(body)?.0;
             format!("endpoint={} service={}", m.endpoint, m.service)
         }
-        mt::TL_CONNECT_RESULT => {
+        MessageType::TL_CONNECT_RESULT => {
             let m = vmbus::parse::<TlConnectResult>(body)?.0;
             format!(
                 "endpoint={} service={} status={:#x}",
                 m.endpoint, m.service, m.status
             )
         }
-        mt::MODIFY_CHANNEL => {
+        MessageType::MODIFY_CHANNEL => {
             let m = vmbus::parse::<ModifyChannel>(body)?.0;
             format!("relid={} target_vp={}", m.relid, m.target_vp)
         }
-        mt::MODIFY_CHANNEL_RESPONSE => {
+        MessageType::MODIFY_CHANNEL_RESPONSE => {
             let m = vmbus::parse::<ModifyChannelResponse>(body)?.0;
             format!("relid={} status={:#x}", m.relid, m.status)
         }
-        mt::REQUEST_OFFERS | mt::ALL_OFFERS_DELIVERED | mt::UNLOAD | mt::UNLOAD_RESPONSE => {
-            String::new()
-        }
+        MessageType::REQUEST_OFFERS
+        | MessageType::ALL_OFFERS_DELIVERED
+        | MessageType::UNLOAD
+        | MessageType::UNLOAD_RESPONSE => String::new(),
         other => format!("type={other} bytes={}", body.len()),
     })
 }
@@ -146,12 +152,12 @@ mod tests {
     #[test]
     fn every_length_of_every_message_has_a_line() {
         let bytes = [0xa5; vmbus::MAX_MESSAGE_LEN];
-        for message_type in 0..32 {
+        for message_type in (0..32).map(MessageType) {
             let mut message = MessageBuffer::empty(message_type);
             message.push(&bytes[8..]).unwrap();
             for length in 0..=vmbus::MAX_MESSAGE_LEN {
                 let (name, fields) = describe(&message.as_bytes()[..length]);
-                assert!(length < 8 || name == mt::name(message_type));
+                assert!(length < 8 || name == message_type.name().unwrap_or(UNKNOWN));
                 assert!(length >= 8 || fields.starts_with("truncated"));
             }
         }
@@ -159,7 +165,8 @@ mod tests {
 
     #[test]
     fn fields_are_decoded() {
-        let release = MessageBuffer::new(mt::RELID_RELEASED, &ChannelId { relid: 7.into() });
+        let release =
+            MessageBuffer::new(MessageType::RELID_RELEASED, &ChannelId { relid: 7.into() });
         assert_eq!(
             describe(release.unwrap().as_bytes()),
             ("RELID_RELEASED", "relid=7".to_owned())

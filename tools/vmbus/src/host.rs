@@ -17,15 +17,15 @@ use std::{
 };
 
 use hyperv_wire::vmbus::{
-    self, message_type as mt, status, ChannelId, GpadlBody, GpadlCreated, GpadlHeader,
-    GpadlTeardown, GpadlTorndown, InitiateContact, MessageBuffer, MessageHeader, ModifyChannel,
+    self, status, ChannelId, GpadlBody, GpadlCreated, GpadlHeader, GpadlTeardown, GpadlTorndown,
+    InitiateContact, MessageBuffer, MessageHeader, MessageType, ModifyChannel,
     ModifyChannelResponse, OfferChannel, OpenChannel, OpenResult, TlConnectRequest,
     TlConnectResult, Version, VersionResponse, DEFAULT_SINT, EVENT_CONNECTION_ID, EVENT_FLAG_COUNT,
     MAX_MESSAGE_LEN, MESSAGE_CONNECTION_ID, MESSAGE_CONNECTION_ID_V5, PAGE_SIZE,
     SYNIC_MESSAGE_TYPE,
 };
 use vm_memory::{GuestAddress, GuestMemory, VolatileMemory};
-use zerocopy::{FromZeros, Immutable, IntoBytes};
+use zerocopy::{Immutable, IntoBytes};
 
 use crate::{
     channel::{Channel, OpenParameters},
@@ -556,7 +556,7 @@ impl Control {
         }
     }
 
-    fn send_body<T: IntoBytes + Immutable>(&self, message_type: u32, body: &T) {
+    fn send_body<T: IntoBytes + Immutable>(&self, message_type: MessageType, body: &T) {
         if let Some(message) = MessageBuffer::new(message_type, body) {
             self.send(&message);
         }
@@ -573,9 +573,9 @@ impl Control {
         let Ok((header, body)) = vmbus::parse::<MessageHeader>(message) else {
             return self.protocol_error("message without header");
         };
-        let message_type = header.message_type.get();
+        let message_type = MessageType(header.message_type.get());
 
-        if message_type == mt::INITIATE_CONTACT {
+        if message_type == MessageType::INITIATE_CONTACT {
             return self.parsed(name, body, |m, _| self.initiate_contact(connection, m));
         }
         let Some(current) = lock(&shared.state).connection else {
@@ -585,19 +585,23 @@ impl Control {
             return self.protocol_error(format_args!("{name} on connection {connection:#x}"));
         }
         match message_type {
-            mt::REQUEST_OFFERS => self.request_offers(),
-            mt::OPEN_CHANNEL => self.parsed(name, body, |m, _| self.open_channel(current, m)),
-            mt::CLOSE_CHANNEL => self.parsed(name, body, |m, _| self.close_channel(m)),
-            mt::GPADL_HEADER => self.parsed(name, body, |m, rest| self.gpadl_header(m, rest)),
-            mt::GPADL_BODY => self.parsed(name, body, |m, rest| self.gpadl_body(m, rest)),
-            mt::GPADL_TEARDOWN => self.parsed(name, body, |m, _| self.gpadl_teardown(m)),
-            mt::RELID_RELEASED => self.parsed(name, body, |m, _| self.relid_released(m)),
-            mt::MODIFY_CHANNEL => {
+            MessageType::REQUEST_OFFERS => self.request_offers(),
+            MessageType::OPEN_CHANNEL => {
+                self.parsed(name, body, |m, _| self.open_channel(current, m))
+            }
+            MessageType::CLOSE_CHANNEL => self.parsed(name, body, |m, _| self.close_channel(m)),
+            MessageType::GPADL_HEADER => {
+                self.parsed(name, body, |m, rest| self.gpadl_header(m, rest))
+            }
+            MessageType::GPADL_BODY => self.parsed(name, body, |m, rest| self.gpadl_body(m, rest)),
+            MessageType::GPADL_TEARDOWN => self.parsed(name, body, |m, _| self.gpadl_teardown(m)),
+            MessageType::RELID_RELEASED => self.parsed(name, body, |m, _| self.relid_released(m)),
+            MessageType::MODIFY_CHANNEL => {
                 self.parsed(name, body, |m, _| self.modify_channel(current.version, m));
             }
-            mt::TL_CONNECT_REQUEST => self.parsed(name, body, |m, _| self.tl_connect(m)),
-            mt::UNLOAD => self.unload(),
-            _ => self.protocol_error(format_args!("unexpected message {name} ({message_type})")),
+            MessageType::TL_CONNECT_REQUEST => self.parsed(name, body, |m, _| self.tl_connect(m)),
+            MessageType::UNLOAD => self.unload(),
+            _ => self.protocol_error(format_args!("unexpected message {message_type}")),
         }
     }
 
@@ -684,7 +688,7 @@ impl Control {
             padding: 0.into(),
             message_connection_id: message_connection.into(),
         };
-        if let Some(message) = MessageBuffer::new(mt::VERSION_RESPONSE, &response) {
+        if let Some(message) = MessageBuffer::new(MessageType::VERSION_RESPONSE, &response) {
             self.send_to(vp, sint, &message);
         }
     }
@@ -698,7 +702,7 @@ impl Control {
             return self.protocol_error("offers requested twice");
         }
         self.offer_devices();
-        self.send(&MessageBuffer::empty(mt::ALL_OFFERS_DELIVERED));
+        self.send(&MessageBuffer::empty(MessageType::ALL_OFFERS_DELIVERED));
     }
 
     /// Offers each device that is not offered and whose instance the guest does not know any more.
@@ -738,7 +742,7 @@ impl Control {
             }
         }
         for offer in offers {
-            self.send_body(mt::OFFER_CHANNEL, &offer);
+            self.send_body(MessageType::OFFER_CHANNEL, &offer);
         }
     }
 
@@ -759,7 +763,7 @@ impl Control {
                 EVENT_CONNECTION_ID
             }
             .into(),
-            ..OfferChannel::new_zeroed()
+            ..OfferChannel::default()
         }
     }
 
@@ -808,7 +812,7 @@ impl Control {
             }
         }
         for offer in offers {
-            self.send_body(mt::OFFER_CHANNEL, &offer);
+            self.send_body(MessageType::OFFER_CHANNEL, &offer);
         }
     }
 
@@ -816,7 +820,7 @@ impl Control {
         let relid = message.relid.get();
         let answer = |status: u32| {
             self.send_body(
-                mt::OPEN_CHANNEL_RESULT,
+                MessageType::OPEN_CHANNEL_RESULT,
                 &OpenResult {
                     relid: message.relid,
                     open_id: message.open_id,
@@ -978,7 +982,7 @@ impl Control {
             state.partial_gpadls.retain(|_, gpadl| gpadl.relid != relid);
         }
         self.send_body(
-            mt::RESCIND_CHANNEL_OFFER,
+            MessageType::RESCIND_CHANNEL_OFFER,
             &ChannelId {
                 relid: relid.into(),
             },
@@ -1106,7 +1110,7 @@ impl Control {
 
     fn gpadl_created(&self, relid: u32, gpadl: u32, status: u32) {
         self.send_body(
-            mt::GPADL_CREATED,
+            MessageType::GPADL_CREATED,
             &GpadlCreated {
                 relid: relid.into(),
                 gpadl: gpadl.into(),
@@ -1133,7 +1137,7 @@ impl Control {
             self.protocol_error(format_args!("teardown of unknown GPADL {id:#x}"));
         }
         self.send_body(
-            mt::GPADL_TORNDOWN,
+            MessageType::GPADL_TORNDOWN,
             &GpadlTorndown {
                 gpadl: message.gpadl,
             },
@@ -1166,7 +1170,7 @@ impl Control {
         // Older hosts do not answer.
         if version >= Version::V5_3 {
             self.send_body(
-                mt::MODIFY_CHANNEL_RESPONSE,
+                MessageType::MODIFY_CHANNEL_RESPONSE,
                 &ModifyChannelResponse {
                     relid: message.relid,
                     status: status.into(),
@@ -1178,7 +1182,7 @@ impl Control {
     /// There are no Hyper-V sockets here.
     fn tl_connect(&self, message: &TlConnectRequest) {
         self.send_body(
-            mt::TL_CONNECT_RESULT,
+            MessageType::TL_CONNECT_RESULT,
             &TlConnectResult {
                 endpoint: message.endpoint,
                 service: message.service,
@@ -1195,7 +1199,7 @@ impl Control {
         self.send_to(
             connection.message_vp,
             connection.message_sint,
-            &MessageBuffer::empty(mt::UNLOAD_RESPONSE),
+            &MessageBuffer::empty(MessageType::UNLOAD_RESPONSE),
         );
     }
 

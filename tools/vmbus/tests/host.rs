@@ -8,13 +8,12 @@ use std::time::Duration;
 
 use guest::{connected, Echo, Guest, NET, PCI, WAIT};
 use hyperv_wire::vmbus::{
-    message_type as mt, ChannelId, GpadlCreated, GpadlHeader, GpadlTeardown, GpadlTorndown,
+    ChannelId, GpadlCreated, GpadlHeader, GpadlTeardown, GpadlTorndown, MessageType,
     ModifyChannelResponse, OfferChannel, OpenChannel, OpenResult, TlConnectRequest,
     TlConnectResult, Version, VersionResponse,
 };
 use vm_memory::{Bytes, GuestAddress};
 use vmbus_host::{hv_status, AddDeviceError, Config, GpadlError, Usage};
-use zerocopy::FromZeros;
 
 fn config(max_version: Version) -> Config {
     Config {
@@ -37,7 +36,7 @@ fn the_newest_common_version_is_agreed() {
                 continue;
             }
             assert_eq!(status, hv_status::SUCCESS);
-            let response: VersionResponse = guest.expect(mt::VERSION_RESPONSE);
+            let response: VersionResponse = guest.expect(MessageType::VERSION_RESPONSE);
             assert_eq!(response.version_supported != 0, version <= max_version);
             if response.version_supported != 0 {
                 let connection = response.message_connection_id.get();
@@ -63,14 +62,14 @@ fn odd_contacts_are_refused() {
         Version::new(4, 2),
     ] {
         guest.contact(version, 1);
-        let response: VersionResponse = guest.expect(mt::VERSION_RESPONSE);
+        let response: VersionResponse = guest.expect(MessageType::VERSION_RESPONSE);
         assert_eq!(response.version_supported, 0, "{version}");
     }
     guest.assert_protocol_errors(0);
     // Version and connection do not go together.
     for (version, connection) in [(Version::V5_0, 1), (Version::V4_1, 4)] {
         guest.contact(version, connection);
-        let response: VersionResponse = guest.expect(mt::VERSION_RESPONSE);
+        let response: VersionResponse = guest.expect(MessageType::VERSION_RESPONSE);
         assert_eq!(response.version_supported, 0, "{version}");
     }
     guest.assert_protocol_errors(2);
@@ -83,7 +82,7 @@ fn odd_contacts_are_refused() {
 
     // Answers go where the guest wants them.
     guest.contact_at(Version::V5_3, 4, 1, 5);
-    let response: VersionResponse = guest.expect_at(mt::VERSION_RESPONSE, 1, 5);
+    let response: VersionResponse = guest.expect_at(MessageType::VERSION_RESPONSE, 1, 5);
     assert_eq!(response.version_supported, 1);
 }
 
@@ -125,9 +124,9 @@ fn a_channel_lives_and_dies() {
     for version in Version::ALL {
         let guest = connected(version);
         let device = guest.add(Echo::new("net0", NET));
-        guest.send(mt::REQUEST_OFFERS, &());
-        let offer: OfferChannel = guest.expect(mt::OFFER_CHANNEL);
-        guest.expect_empty(mt::ALL_OFFERS_DELIVERED);
+        guest.send(MessageType::REQUEST_OFFERS, &());
+        let offer: OfferChannel = guest.expect(MessageType::OFFER_CHANNEL);
+        guest.expect_empty(MessageType::ALL_OFFERS_DELIVERED);
         assert_eq!(offer.instance, NET);
         assert_eq!(offer.relid.get(), 1);
         assert_eq!(offer.is_dedicated.get(), 1);
@@ -168,20 +167,20 @@ fn offers_are_for_connected_guests_that_ask() {
     guest.expect_nothing();
     guest.connect(Version::V6_0);
     guest.expect_nothing();
-    guest.send(mt::REQUEST_OFFERS, &());
-    guest.expect::<OfferChannel>(mt::OFFER_CHANNEL);
-    guest.expect_empty(mt::ALL_OFFERS_DELIVERED);
+    guest.send(MessageType::REQUEST_OFFERS, &());
+    guest.expect::<OfferChannel>(MessageType::OFFER_CHANNEL);
+    guest.expect_empty(MessageType::ALL_OFFERS_DELIVERED);
 
     // Hot-added.
     guest.add(Echo::new("vpci0", PCI));
-    let offer: OfferChannel = guest.expect(mt::OFFER_CHANNEL);
+    let offer: OfferChannel = guest.expect(MessageType::OFFER_CHANNEL);
     assert_eq!((offer.instance, offer.relid.get()), (PCI, 2));
     assert_eq!(
         guest.host.add_device(Echo::new("again", PCI)),
         Err(AddDeviceError::DuplicateInstance(PCI))
     );
     guest.assert_protocol_errors(0);
-    guest.send(mt::REQUEST_OFFERS, &());
+    guest.send(MessageType::REQUEST_OFFERS, &());
     guest.assert_protocol_errors(1);
     guest.expect_nothing();
 }
@@ -196,7 +195,7 @@ fn rescind_and_offer_again() {
         let ring = guest.open(&offer, 0);
         guest.establish(1, 0x900, &[40, 41], 8192);
         guest.host.remove_device(NET);
-        let rescind: ChannelId = guest.expect(mt::RESCIND_CHANNEL_OFFER);
+        let rescind: ChannelId = guest.expect(MessageType::RESCIND_CHANNEL_OFFER);
         assert_eq!(rescind.relid.get(), 1);
         // The host has let go before it said so.
         assert_eq!(guest.usage().open, 0);
@@ -209,13 +208,13 @@ fn rescind_and_offer_again() {
             // The guest had already begun to close.
             0 => guest.close(ring),
             // It only closes.
-            1 => guest.send(mt::CLOSE_CHANNEL, &guest::channel_id(1)),
+            1 => guest.send(MessageType::CLOSE_CHANNEL, &guest::channel_id(1)),
             // It does nothing.
             _ => {}
         }
-        guest.send(mt::RELID_RELEASED, &guest::channel_id(1));
+        guest.send(MessageType::RELID_RELEASED, &guest::channel_id(1));
         assert!(guest.host.wait_removed(NET, WAIT));
-        let again: OfferChannel = guest.expect(mt::OFFER_CHANNEL);
+        let again: OfferChannel = guest.expect(MessageType::OFFER_CHANNEL);
         assert_eq!((again.instance, again.relid.get()), (NET, 1));
         assert_eq!(guest.usage().gpadls, 0);
         assert_eq!(guest.usage().unreleased, 0);
@@ -230,22 +229,25 @@ fn messages_that_cross_a_rescind_are_no_errors() {
     let offer = guest.request_offers().remove(0);
     guest.establish(1, 0x900, &[40, 41, 42, 43], 16384);
     guest.host.remove_device(NET);
-    guest.expect::<ChannelId>(mt::RESCIND_CHANNEL_OFFER);
+    guest.expect::<ChannelId>(MessageType::RESCIND_CHANNEL_OFFER);
 
     // The rescind ends these waits of the guest, so the host may be silent.
-    guest.send(mt::OPEN_CHANNEL, &guest::open_message(&offer, 0x900, 2, 0));
+    guest.send(
+        MessageType::OPEN_CHANNEL,
+        &guest::open_message(&offer, 0x900, 2, 0),
+    );
     guest.gpadl(1, 0x901, &[50], 4096);
     guest.expect_nothing();
     guest.send(
-        mt::GPADL_TEARDOWN,
+        MessageType::GPADL_TEARDOWN,
         &GpadlTeardown {
             relid: 1.into(),
             gpadl: 0x900.into(),
         },
     );
-    guest.expect::<GpadlTorndown>(mt::GPADL_TORNDOWN);
+    guest.expect::<GpadlTorndown>(MessageType::GPADL_TORNDOWN);
     guest.assert_protocol_errors(0);
-    guest.send(mt::RELID_RELEASED, &guest::channel_id(1));
+    guest.send(MessageType::RELID_RELEASED, &guest::channel_id(1));
     assert!(guest.host.wait_removed(NET, WAIT));
     assert!(guest.wait_usage(|usage| usage.offered + usage.unreleased + usage.gpadls == 0));
 }
@@ -263,13 +265,13 @@ fn removing_a_device_that_is_not_offered_is_quiet() {
         guest.add(Echo::new("net0", NET));
         guest.host.remove_device(NET);
         guest.add(Echo::new("net0", NET));
-        guest.expect::<OfferChannel>(mt::OFFER_CHANNEL);
-        let relid: ChannelId = guest.expect(mt::RESCIND_CHANNEL_OFFER);
-        guest.send(mt::RELID_RELEASED, &relid);
-        guest.expect::<OfferChannel>(mt::OFFER_CHANNEL);
+        guest.expect::<OfferChannel>(MessageType::OFFER_CHANNEL);
+        let relid: ChannelId = guest.expect(MessageType::RESCIND_CHANNEL_OFFER);
+        guest.send(MessageType::RELID_RELEASED, &relid);
+        guest.expect::<OfferChannel>(MessageType::OFFER_CHANNEL);
         guest.host.remove_device(NET);
-        let relid: ChannelId = guest.expect(mt::RESCIND_CHANNEL_OFFER);
-        guest.send(mt::RELID_RELEASED, &relid);
+        let relid: ChannelId = guest.expect(MessageType::RESCIND_CHANNEL_OFFER);
+        guest.send(MessageType::RELID_RELEASED, &relid);
         assert!(guest.host.wait_removed(NET, WAIT));
     }
     guest.assert_protocol_errors(0);
@@ -287,7 +289,9 @@ fn subchannels_follow_their_primary_channel() {
     for _ in 0..3 {
         let primary = guest.open(&offer, 0);
         guest.host.offer_subchannels(NET, 3);
-        let offers: Vec<OfferChannel> = (0..3).map(|_| guest.expect(mt::OFFER_CHANNEL)).collect();
+        let offers: Vec<OfferChannel> = (0..3)
+            .map(|_| guest.expect(MessageType::OFFER_CHANNEL))
+            .collect();
         for (offer, index) in offers.iter().zip(1..) {
             assert_eq!((offer.instance, offer.subchannel_index.get()), (NET, index));
             assert_eq!(offer.relid.get(), u32::from(index) + 1);
@@ -309,15 +313,15 @@ fn subchannels_follow_their_primary_channel() {
 
         // As the Linux driver does: subchannels first. The second one is left open here.
         guest.close(first);
-        guest.send(mt::CLOSE_CHANNEL, &guest::channel_id(1));
+        guest.send(MessageType::CLOSE_CHANNEL, &guest::channel_id(1));
         for relid in [2, 3, 4] {
-            let rescind: ChannelId = guest.expect(mt::RESCIND_CHANNEL_OFFER);
+            let rescind: ChannelId = guest.expect(MessageType::RESCIND_CHANNEL_OFFER);
             assert_eq!(rescind.relid.get(), relid);
         }
         guest.tear_down(&primary);
         guest.tear_down(&second);
         for relid in [2, 3, 4] {
-            guest.send(mt::RELID_RELEASED, &guest::channel_id(relid));
+            guest.send(MessageType::RELID_RELEASED, &guest::channel_id(relid));
         }
         assert!(guest.wait_usage(|usage| *usage
             == Usage {
@@ -335,10 +339,10 @@ fn subchannels_follow_their_primary_channel() {
     // Removal rescinds the subchannels first.
     let _primary = guest.open(&offer, 0);
     guest.host.offer_subchannels(NET, 1);
-    guest.expect::<OfferChannel>(mt::OFFER_CHANNEL);
+    guest.expect::<OfferChannel>(MessageType::OFFER_CHANNEL);
     guest.host.remove_device(NET);
     for relid in [2, 1] {
-        let rescind: ChannelId = guest.expect(mt::RESCIND_CHANNEL_OFFER);
+        let rescind: ChannelId = guest.expect(MessageType::RESCIND_CHANNEL_OFFER);
         assert_eq!(rescind.relid.get(), relid);
     }
 }
@@ -356,8 +360,8 @@ fn unload_and_new_contact_free_everything() {
         guest.gpadl_begin(offers[1].relid.get(), 0x901, 100);
         match round % 3 {
             0 => {
-                guest.send(mt::UNLOAD, &());
-                guest.expect_empty(mt::UNLOAD_RESPONSE);
+                guest.send(MessageType::UNLOAD, &());
+                guest.expect_empty(MessageType::UNLOAD_RESPONSE);
             }
             1 => {}
             _ => guest.host.reset(),
@@ -471,8 +475,8 @@ fn opens_are_checked() {
             },
         ),
     ] {
-        guest.send(mt::OPEN_CHANNEL, &message);
-        let result: OpenResult = guest.expect(mt::OPEN_CHANNEL_RESULT);
+        guest.send(MessageType::OPEN_CHANNEL, &message);
+        let result: OpenResult = guest.expect(MessageType::OPEN_CHANNEL_RESULT);
         assert_ne!(result.status.get(), 0, "{what}");
         assert_eq!(
             (result.relid, result.open_id),
@@ -487,38 +491,38 @@ fn opens_are_checked() {
         for page in [40, 42] {
             let place = GuestAddress(page * 4096 + word);
             guest.memory.write_obj(4096_u32, place).unwrap();
-            guest.send(mt::OPEN_CHANNEL, &good);
-            let result: OpenResult = guest.expect(mt::OPEN_CHANNEL_RESULT);
+            guest.send(MessageType::OPEN_CHANNEL, &good);
+            let result: OpenResult = guest.expect(MessageType::OPEN_CHANNEL_RESULT);
             // The host's own ends are the upstream read index and the downstream write index.
             let own = (word == 4) == (page == 40);
             assert_eq!(result.status.get() != 0, own);
             errors += u64::from(own);
             if !own {
-                guest.send(mt::CLOSE_CHANNEL, &guest::channel_id(1));
+                guest.send(MessageType::CLOSE_CHANNEL, &guest::channel_id(1));
             }
             guest.assert_protocol_errors(errors);
             guest.memory.write_obj(0_u32, place).unwrap();
         }
     }
 
-    guest.send(mt::OPEN_CHANNEL, &good);
-    let result: OpenResult = guest.expect(mt::OPEN_CHANNEL_RESULT);
+    guest.send(MessageType::OPEN_CHANNEL, &good);
+    let result: OpenResult = guest.expect(MessageType::OPEN_CHANNEL_RESULT);
     assert_eq!(result.status.get(), 0);
-    guest.send(mt::OPEN_CHANNEL, &good);
-    let result: OpenResult = guest.expect(mt::OPEN_CHANNEL_RESULT);
+    guest.send(MessageType::OPEN_CHANNEL, &good);
+    let result: OpenResult = guest.expect(MessageType::OPEN_CHANNEL_RESULT);
     assert_ne!(result.status.get(), 0);
     guest.assert_protocol_errors(errors + 1);
     assert_eq!(guest.usage().open, 1);
 
     // A ring taken away under an open channel ends the channel.
     guest.send(
-        mt::GPADL_TEARDOWN,
+        MessageType::GPADL_TEARDOWN,
         &GpadlTeardown {
             relid: 1.into(),
             gpadl: 0x900.into(),
         },
     );
-    guest.expect::<GpadlTorndown>(mt::GPADL_TORNDOWN);
+    guest.expect::<GpadlTorndown>(MessageType::GPADL_TORNDOWN);
     guest.assert_protocol_errors(errors + 2);
     assert_eq!(guest.usage().open, 0);
 }
@@ -531,13 +535,13 @@ fn a_device_may_refuse_to_open() {
     device.refuse(true);
     guest.establish(1, 0x900, &[40, 41, 42, 43], 16384);
     let message = guest::open_message(&offer, 0x900, 2, 0);
-    guest.send(mt::OPEN_CHANNEL, &message);
-    let result: OpenResult = guest.expect(mt::OPEN_CHANNEL_RESULT);
+    guest.send(MessageType::OPEN_CHANNEL, &message);
+    let result: OpenResult = guest.expect(MessageType::OPEN_CHANNEL_RESULT);
     assert_ne!(result.status.get(), 0);
     assert_eq!(guest.usage().open, 0);
     device.refuse(false);
-    guest.send(mt::OPEN_CHANNEL, &message);
-    let result: OpenResult = guest.expect(mt::OPEN_CHANNEL_RESULT);
+    guest.send(MessageType::OPEN_CHANNEL, &message);
+    let result: OpenResult = guest.expect(MessageType::OPEN_CHANNEL_RESULT);
     assert_eq!(result.status.get(), 0);
     assert_eq!(device.log(), ["open 0"]);
     guest.assert_protocol_errors(0);
@@ -564,13 +568,13 @@ fn gpadls_are_assembled_of_bodies() {
         assert!(gpadl.read_at(u64::MAX, &mut [0]).is_err());
 
         guest.send(
-            mt::GPADL_TEARDOWN,
+            MessageType::GPADL_TEARDOWN,
             &GpadlTeardown {
                 relid: 1.into(),
                 gpadl: 0x900.into(),
             },
         );
-        guest.expect::<GpadlTorndown>(mt::GPADL_TORNDOWN);
+        guest.expect::<GpadlTorndown>(MessageType::GPADL_TORNDOWN);
         // The device still holds it, but the memory is the guest's again.
         assert_eq!(gpadl.write_at(0, &[0]), Err(GpadlError::TornDown));
         assert!(guest.memory_of(&device, 0).gpadl(0x900).is_none());
@@ -585,7 +589,7 @@ fn bad_gpadls_are_refused() {
     guest.add(Echo::new("net0", NET));
     guest.request_offers();
     let refused = |errors| {
-        let created: GpadlCreated = guest.expect(mt::GPADL_CREATED);
+        let created: GpadlCreated = guest.expect(MessageType::GPADL_CREATED);
         assert_ne!(created.status.get(), 0);
         guest.assert_protocol_errors(errors);
         assert_eq!(guest.usage().gpadls, 0);
@@ -608,17 +612,17 @@ fn bad_gpadls_are_refused() {
         range_buffer_len: length.into(),
         range_count: ranges.into(),
     };
-    guest.send_with(mt::GPADL_HEADER, &header(1, 16), &[0xff; 16]);
+    guest.send_with(MessageType::GPADL_HEADER, &header(1, 16), &[0xff; 16]);
     refused(5);
     // No range, and nothing at all.
-    guest.send_with(mt::GPADL_HEADER, &header(0, 16), &[0; 16]);
+    guest.send_with(MessageType::GPADL_HEADER, &header(0, 16), &[0; 16]);
     refused(6);
-    guest.send_with(mt::GPADL_HEADER, &header(0, 0), &[]);
+    guest.send_with(MessageType::GPADL_HEADER, &header(0, 0), &[]);
     refused(7);
-    guest.send_with(mt::GPADL_HEADER, &header(1, 0), &[]);
+    guest.send_with(MessageType::GPADL_HEADER, &header(1, 0), &[]);
     refused(8);
     // More bytes than announced, in the header and in a body.
-    guest.send_with(mt::GPADL_HEADER, &header(1, 16), &[0; 24]);
+    guest.send_with(MessageType::GPADL_HEADER, &header(1, 16), &[0; 24]);
     refused(9);
     guest.gpadl_begin(1, 0x900, 28);
     guest.gpadl_body(0x900, &[0; 28]);
@@ -634,20 +638,20 @@ fn bad_gpadls_are_refused() {
     guest.gpadl_begin(1, 0x901, 28);
     for id in [0x900, 0x901] {
         guest.gpadl(1, id, &[41], 4096);
-        let created: GpadlCreated = guest.expect(mt::GPADL_CREATED);
+        let created: GpadlCreated = guest.expect(MessageType::GPADL_CREATED);
         assert_ne!(created.status.get(), 0);
     }
     guest.assert_protocol_errors(13);
     assert_eq!(guest.usage().gpadls, 1);
     // Teardown of one that does not exist is answered, or the guest would wait for ever.
     guest.send(
-        mt::GPADL_TEARDOWN,
+        MessageType::GPADL_TEARDOWN,
         &GpadlTeardown {
             relid: 1.into(),
             gpadl: 0x999.into(),
         },
     );
-    guest.expect::<GpadlTorndown>(mt::GPADL_TORNDOWN);
+    guest.expect::<GpadlTorndown>(MessageType::GPADL_TORNDOWN);
     guest.assert_protocol_errors(14);
 }
 
@@ -661,14 +665,15 @@ fn channels_move_to_another_processor() {
         guest.events();
         for (vp, sound) in [(1, true), (0, true), (1, true), (2, false)] {
             guest.send(
-                mt::MODIFY_CHANNEL,
+                MessageType::MODIFY_CHANNEL,
                 &hyperv_wire::vmbus::ModifyChannel {
                     relid: 1.into(),
                     target_vp: vp.into(),
                 },
             );
             if version >= Version::V5_3 {
-                let response: ModifyChannelResponse = guest.expect(mt::MODIFY_CHANNEL_RESPONSE);
+                let response: ModifyChannelResponse =
+                    guest.expect(MessageType::MODIFY_CHANNEL_RESPONSE);
                 assert_eq!(response.status.get() == 0, sound);
             } else {
                 guest.expect_nothing();
@@ -710,13 +715,13 @@ fn marked_channels_are_woken_through_the_interrupt_page() {
 fn sockets_are_refused() {
     let guest = connected(Version::V6_0);
     guest.send(
-        mt::TL_CONNECT_REQUEST,
+        MessageType::TL_CONNECT_REQUEST,
         &TlConnectRequest {
             endpoint: NET,
             service: PCI,
         },
     );
-    let result: TlConnectResult = guest.expect(mt::TL_CONNECT_RESULT);
+    let result: TlConnectResult = guest.expect(MessageType::TL_CONNECT_RESULT);
     assert_eq!((result.endpoint, result.service), (NET, PCI));
     assert_ne!(result.status.get(), 0);
 }
@@ -728,21 +733,21 @@ fn short_messages_are_errors() {
     guest.request_offers();
     let mut errors = 0;
     for message_type in [
-        mt::OPEN_CHANNEL,
-        mt::CLOSE_CHANNEL,
-        mt::GPADL_HEADER,
-        mt::GPADL_BODY,
-        mt::GPADL_TEARDOWN,
-        mt::RELID_RELEASED,
-        mt::MODIFY_CHANNEL,
-        mt::TL_CONNECT_REQUEST,
+        MessageType::OPEN_CHANNEL,
+        MessageType::CLOSE_CHANNEL,
+        MessageType::GPADL_HEADER,
+        MessageType::GPADL_BODY,
+        MessageType::GPADL_TEARDOWN,
+        MessageType::RELID_RELEASED,
+        MessageType::MODIFY_CHANNEL,
+        MessageType::TL_CONNECT_REQUEST,
         // And types that a guest does not send.
-        0,
-        mt::OFFER_CHANNEL,
-        mt::VERSION_RESPONSE,
-        mt::OPEN_RESERVED_CHANNEL,
-        mt::PAUSE,
-        u32::MAX,
+        MessageType(0),
+        MessageType::OFFER_CHANNEL,
+        MessageType::VERSION_RESPONSE,
+        MessageType::OPEN_RESERVED_CHANNEL,
+        MessageType::PAUSE,
+        MessageType(u32::MAX),
     ] {
         guest.send(message_type, &());
         errors += 1;
@@ -780,7 +785,7 @@ fn any_sequence_of_messages_leaves_the_host_usable() {
         }
         message[0] = (next() % 26) as u8;
         if message[0] == 15 {
-            message[0] = mt::REQUEST_OFFERS as u8;
+            message[0] = MessageType::REQUEST_OFFERS.0 as u8;
         }
         let length = match next() % 3 {
             0 => 240,
@@ -827,6 +832,6 @@ fn the_log_has_a_line_for_each_message() {
     let counters = guest.counters.snapshot();
     assert_eq!(counters["vmbus.messages.in"], 2);
     assert_eq!(counters["vmbus.messages.out"], 3);
-    let zeroed = OfferChannel::new_zeroed();
+    let zeroed = OfferChannel::default();
     assert_eq!(zeroed.relid.get(), 0);
 }

@@ -14,7 +14,7 @@ use guest::{connected, Guest, GuestRings, NET, WAIT};
 use hyperv_wire::{
     ring::Outgoing,
     vmbus::{
-        packet_type, GpaDirectHeader, GpaRangeHeader, OfferChannel, TransferPagesHeader,
+        GpaDirectHeader, GpaRangeHeader, OfferChannel, PacketType, TransferPagesHeader,
         TransferRange as WireRange, Version,
     },
 };
@@ -59,7 +59,11 @@ fn opened() -> (Guest, OfferChannel, GuestRings, Arc<Channel>) {
     (guest, offer, rings, channel)
 }
 
-fn packet(packet_type: u16, header: &'static [u8], payload: &'static [u8]) -> Outgoing<'static> {
+fn packet(
+    packet_type: PacketType,
+    header: &'static [u8],
+    payload: &'static [u8],
+) -> Outgoing<'static> {
     Outgoing {
         packet_type,
         flags: 0,
@@ -93,10 +97,10 @@ fn packets_from_the_guest_are_decoded() {
     // In-band, with padding; a completion; an unknown type.
     rings.write(&Outgoing {
         flags: 1,
-        ..packet(packet_type::DATA_INBAND, &[], b"abc")
+        ..packet(PacketType::DATA_INBAND, &[], b"abc")
     });
-    rings.write(&packet(packet_type::COMPLETION, &[], &[]));
-    rings.write(&packet(99, &[0; 8], &[1; 8]));
+    rings.write(&packet(PacketType::COMPLETION, &[], &[]));
+    rings.write(&packet(PacketType(99), &[0; 8], &[1; 8]));
     assert_eq!(
         channel.recv(),
         Ok(Some(Packet {
@@ -109,7 +113,10 @@ fn packets_from_the_guest_are_decoded() {
     let completion = channel.recv().unwrap().unwrap();
     assert_eq!(completion.kind, PacketKind::Completion);
     assert!(!completion.completion_requested);
-    assert_eq!(channel.recv().unwrap().unwrap().kind, PacketKind::Other(99));
+    assert_eq!(
+        channel.recv().unwrap().unwrap().kind,
+        PacketKind::Other(PacketType(99))
+    );
 
     // Guest memory: 5000 bytes that begin at 0x20010 and go on in page 0x30, and one byte.
     guest
@@ -135,7 +142,7 @@ fn packets_from_the_guest_are_decoded() {
         header.extend(pfns.iter().flat_map(|pfn| pfn.to_le_bytes()));
     }
     rings.write(&Outgoing {
-        packet_type: packet_type::DATA_USING_GPA_DIRECT,
+        packet_type: PacketType::DATA_USING_GPA_DIRECT,
         flags: 1,
         transaction_id: 8,
         header: &header,
@@ -171,7 +178,7 @@ fn packets_from_the_guest_are_decoded() {
     };
     header.extend_from_slice(range.as_bytes());
     rings.write(&Outgoing {
-        packet_type: packet_type::DATA_USING_XFER_PAGES,
+        packet_type: PacketType::DATA_USING_XFER_PAGES,
         flags: 0,
         transaction_id: 9,
         header: &header,
@@ -193,22 +200,19 @@ fn packets_from_the_guest_are_decoded() {
 #[test]
 fn packets_with_bad_headers_are_errors() {
     for (packet_type, header) in [
-        (packet_type::DATA_USING_GPA_DIRECT, &[][..]),
+        (PacketType::DATA_USING_GPA_DIRECT, &[][..]),
+        (PacketType::DATA_USING_GPA_DIRECT, &[0, 0, 0, 0, 1, 0, 0, 0]),
         (
-            packet_type::DATA_USING_GPA_DIRECT,
-            &[0, 0, 0, 0, 1, 0, 0, 0],
-        ),
-        (
-            packet_type::DATA_USING_GPA_DIRECT,
+            PacketType::DATA_USING_GPA_DIRECT,
             &[0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         ),
         (
-            packet_type::DATA_USING_GPA_DIRECT,
+            PacketType::DATA_USING_GPA_DIRECT,
             &[0, 0, 0, 0, 255, 255, 255, 255, 1, 0, 0, 0, 0, 0, 0, 0],
         ),
-        (packet_type::DATA_USING_XFER_PAGES, &[]),
+        (PacketType::DATA_USING_XFER_PAGES, &[]),
         (
-            packet_type::DATA_USING_XFER_PAGES,
+            PacketType::DATA_USING_XFER_PAGES,
             &[0, 0, 0, 0, 255, 255, 255, 255],
         ),
     ] {
@@ -229,7 +233,7 @@ fn packets_with_bad_headers_are_errors() {
 #[test]
 fn a_spoiled_ring_is_reported_and_the_channel_can_still_be_closed() {
     let (guest, _, mut rings, channel) = opened();
-    rings.write(&packet(packet_type::DATA_INBAND, &[], &[0; 8]));
+    rings.write(&packet(PacketType::DATA_INBAND, &[], &[0; 8]));
     let word = |pfn: u64, offset: u64| GuestAddress(pfn * 4096 + offset);
     let write_index: u32 = guest.memory.read_obj(word(rings.upstream[0], 0)).unwrap();
 
@@ -284,15 +288,15 @@ fn packets_to_the_guest() {
     assert_eq!(guest.events(), []);
 
     let (packet_type, id, header, payload, _) = rings.try_recv().unwrap();
-    assert_eq!((packet_type, id), (packet_type::DATA_INBAND, 5));
+    assert_eq!((packet_type, id), (PacketType::DATA_INBAND, 5));
     assert_eq!((header, payload), (vec![], b"hello\0\0\0".to_vec()));
     let (packet_type, id, _, payload, _) = rings.try_recv().unwrap();
     assert_eq!(
         (packet_type, id, payload),
-        (packet_type::COMPLETION, 6, vec![])
+        (PacketType::COMPLETION, 6, vec![])
     );
     let (packet_type, id, header, payload, _) = rings.try_recv().unwrap();
-    assert_eq!((packet_type, id), (packet_type::DATA_USING_XFER_PAGES, 7));
+    assert_eq!((packet_type, id), (PacketType::DATA_USING_XFER_PAGES, 7));
     assert_eq!(payload, b"nvspnvsp");
     assert_eq!(
         header,

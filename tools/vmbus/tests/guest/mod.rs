@@ -18,9 +18,9 @@ use std::{
 use hyperv_wire::{
     ring::{ControlWord, Outgoing, Reader, RingMemory, Writer},
     vmbus::{
-        message_type as mt, packet_type, ChannelId, GpadlBody, GpadlCreated, GpadlHeader,
-        GpadlTeardown, GpadlTorndown, InitiateContact, MessageBuffer, MessageHeader, OfferChannel,
-        OpenChannel, OpenResult, Version, VersionResponse, GPADL_BODY_PFNS, GPADL_HEADER_PFNS,
+        ChannelId, GpadlBody, GpadlCreated, GpadlHeader, GpadlTeardown, GpadlTorndown,
+        InitiateContact, MessageBuffer, MessageHeader, MessageType, OfferChannel, OpenChannel,
+        OpenResult, PacketType, Version, VersionResponse, GPADL_BODY_PFNS, GPADL_HEADER_PFNS,
     },
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -170,13 +170,13 @@ impl Guest {
             monitor_page_to_guest: 0x2000.into(),
             monitor_page_to_host: 0x3000.into(),
         };
-        let message = MessageBuffer::new(mt::INITIATE_CONTACT, &contact).unwrap();
+        let message = MessageBuffer::new(MessageType::INITIATE_CONTACT, &contact).unwrap();
         self.host.post_message(connection, 1, message.as_bytes())
     }
 
     pub fn connect(&self, version: Version) {
         self.contact(version, if version >= Version::V5_0 { 4 } else { 1 });
-        let response: VersionResponse = self.expect(mt::VERSION_RESPONSE);
+        let response: VersionResponse = self.expect(MessageType::VERSION_RESPONSE);
         assert_eq!(response.version_supported, 1);
         self.message_connection
             .store(response.message_connection_id.get(), Ordering::Relaxed);
@@ -187,11 +187,16 @@ impl Guest {
         self.host.post_message(connection, 1, message)
     }
 
-    pub fn send<T: IntoBytes + Immutable>(&self, message_type: u32, body: &T) {
+    pub fn send<T: IntoBytes + Immutable>(&self, message_type: MessageType, body: &T) {
         self.send_with(message_type, body, &[]);
     }
 
-    pub fn send_with<T: IntoBytes + Immutable>(&self, message_type: u32, body: &T, rest: &[u8]) {
+    pub fn send_with<T: IntoBytes + Immutable>(
+        &self,
+        message_type: MessageType,
+        body: &T,
+        rest: &[u8],
+    ) {
         let mut message = MessageBuffer::new(message_type, body).unwrap();
         message.push(rest).unwrap();
         assert_eq!(self.post(message.as_bytes()), 0);
@@ -216,32 +221,35 @@ impl Guest {
     }
 
     /// The host's next message: type and body.
-    pub fn next(&self) -> (u32, Vec<u8>) {
+    pub fn next(&self) -> (MessageType, Vec<u8>) {
         let (_, _, message) = self.next_posted();
         let header: MessageHeader = read(&message);
-        (header.message_type.get(), message[8..].to_vec())
+        (
+            MessageType(header.message_type.get()),
+            message[8..].to_vec(),
+        )
     }
 
-    pub fn expect_at<T>(&self, message_type: u32, vp: u32, sint: u8) -> T
+    pub fn expect_at<T>(&self, message_type: MessageType, vp: u32, sint: u8) -> T
     where
         T: FromBytes + KnownLayout + Immutable + Unaligned,
     {
         let (to_vp, to_sint, message) = self.next_posted();
         assert_eq!((to_vp, to_sint), (vp, sint));
         let header: MessageHeader = read(&message);
-        assert_eq!(mt::name(header.message_type.get()), mt::name(message_type));
+        assert_eq!(MessageType(header.message_type.get()), message_type);
         assert_eq!(message.len(), 8 + size_of::<T>());
         read(&message[8..])
     }
 
-    pub fn expect<T>(&self, message_type: u32) -> T
+    pub fn expect<T>(&self, message_type: MessageType) -> T
     where
         T: FromBytes + KnownLayout + Immutable + Unaligned,
     {
         self.expect_at(message_type, 0, 2)
     }
 
-    pub fn expect_empty(&self, message_type: u32) {
+    pub fn expect_empty(&self, message_type: MessageType) {
         self.expect::<()>(message_type);
     }
 
@@ -281,12 +289,12 @@ impl Guest {
     }
 
     pub fn request_offers(&self) -> Vec<OfferChannel> {
-        self.send(mt::REQUEST_OFFERS, &());
+        self.send(MessageType::REQUEST_OFFERS, &());
         let mut offers = Vec::new();
         loop {
             match self.next() {
-                (mt::OFFER_CHANNEL, body) => offers.push(read(&body)),
-                (mt::ALL_OFFERS_DELIVERED, _) => return offers,
+                (MessageType::OFFER_CHANNEL, body) => offers.push(read(&body)),
+                (MessageType::ALL_OFFERS_DELIVERED, _) => return offers,
                 (other, _) => panic!("message {other} among offers"),
             }
         }
@@ -304,7 +312,7 @@ impl Guest {
         let mut range = bytes.to_le_bytes().to_vec();
         range.extend_from_slice(&[0; 4]);
         range.extend(first.iter().flat_map(|pfn| pfn.to_le_bytes()));
-        self.send_with(mt::GPADL_HEADER, &header, &range);
+        self.send_with(MessageType::GPADL_HEADER, &header, &range);
         while !rest.is_empty() {
             let (now, later) = rest.split_at(rest.len().min(GPADL_BODY_PFNS));
             self.gpadl_body(id, now);
@@ -320,7 +328,7 @@ impl Guest {
             range_buffer_len: (8 + 8 * pages).into(),
             range_count: 1.into(),
         };
-        self.send(mt::GPADL_HEADER, &header);
+        self.send(MessageType::GPADL_HEADER, &header);
     }
 
     pub fn gpadl_body(&self, id: u32, pfns: &[u64]) {
@@ -329,12 +337,12 @@ impl Guest {
             gpadl: id.into(),
         };
         let pfns: Vec<u8> = pfns.iter().flat_map(|pfn| pfn.to_le_bytes()).collect();
-        self.send_with(mt::GPADL_BODY, &body, &pfns);
+        self.send_with(MessageType::GPADL_BODY, &body, &pfns);
     }
 
     pub fn establish(&self, relid: u32, id: u32, pfns: &[u64], bytes: u32) {
         self.gpadl(relid, id, pfns, bytes);
-        let created: GpadlCreated = self.expect(mt::GPADL_CREATED);
+        let created: GpadlCreated = self.expect(MessageType::GPADL_CREATED);
         assert_eq!((created.relid.get(), created.gpadl.get()), (relid, id));
         assert_eq!(created.status.get(), 0);
     }
@@ -353,8 +361,8 @@ impl Guest {
         }
         let relid = offer.relid.get();
         self.establish(relid, id, &pfns, 6 * 4096);
-        self.send(mt::OPEN_CHANNEL, &open_message(offer, id, 3, vp));
-        let result: OpenResult = self.expect(mt::OPEN_CHANNEL_RESULT);
+        self.send(MessageType::OPEN_CHANNEL, &open_message(offer, id, 3, vp));
+        let result: OpenResult = self.expect(MessageType::OPEN_CHANNEL_RESULT);
         assert_eq!(result.status.get(), 0);
         assert_eq!(result.open_id.get(), 0x1000 + relid);
         if first > 900 {
@@ -365,18 +373,18 @@ impl Guest {
 
     pub fn tear_down(&self, rings: &GuestRings) {
         self.send(
-            mt::GPADL_TEARDOWN,
+            MessageType::GPADL_TEARDOWN,
             &GpadlTeardown {
                 relid: rings.relid.into(),
                 gpadl: rings.gpadl.into(),
             },
         );
-        let torndown: GpadlTorndown = self.expect(mt::GPADL_TORNDOWN);
+        let torndown: GpadlTorndown = self.expect(MessageType::GPADL_TORNDOWN);
         assert_eq!(torndown.gpadl.get(), rings.gpadl);
     }
 
     pub fn close(&self, rings: GuestRings) {
-        self.send(mt::CLOSE_CHANNEL, &channel_id(rings.relid));
+        self.send(MessageType::CLOSE_CHANNEL, &channel_id(rings.relid));
         self.tear_down(&rings);
     }
 
@@ -461,7 +469,7 @@ impl GuestRing {
 
 /// A packet of the host: type, transaction id, bytes between descriptor and payload, payload. And
 /// whether the host must be signalled.
-pub type FromHost = (u16, u64, Vec<u8>, Vec<u8>, bool);
+pub type FromHost = (PacketType, u64, Vec<u8>, Vec<u8>, bool);
 
 /// The guest's ends of an open channel.
 pub struct GuestRings {
@@ -508,7 +516,7 @@ impl GuestRings {
 
     fn inband(&mut self, transaction_id: u64, payload: &[u8]) -> bool {
         self.write(&Outgoing {
-            packet_type: packet_type::DATA_INBAND,
+            packet_type: PacketType::DATA_INBAND,
             flags: 1,
             transaction_id,
             header: &[],
@@ -554,7 +562,7 @@ impl GuestRings {
         let deadline = Instant::now() + WAIT;
         loop {
             if let Some((packet_type, transaction_id, _, payload, _)) = self.try_recv() {
-                assert_eq!(packet_type, packet_type::COMPLETION);
+                assert_eq!(packet_type, PacketType::COMPLETION);
                 return (transaction_id, payload);
             }
             assert!(Instant::now() < deadline, "no packet from the host");
