@@ -27,8 +27,9 @@ use crate::signals;
 const CPU: &str = "Opteron_G3,-misalignsse,+svm,+npt,+x2apic";
 /// Kernel arguments of level 1.
 ///
-/// While a nested guest runs, the emulated processor now and then loses a timer interrupt. A periodic timer loses one
-/// tick by that; a one-shot timer, what the kernel would use, would never fire again, and level 1 stand still for ever.
+/// At each exit of a nested guest QEMU 10.0 clears a bit in the word of pending interrupts without atomics: what
+/// another thread sets at that moment is lost until the local APIC gets its next interrupt. A periodic timer makes that
+/// a matter of milliseconds; with a one-shot timer, what the kernel would use, level 1 could stand still for ever.
 const CMDLINE: &str =
     "console=ttyS0 quiet panic=-1 mitigations=off nokaslr clocksource=tsc tsc=reliable no_timer_check \
      nohz=off highres=off random.trust_bootloader=on kvm.halt_poll_ns=0";
