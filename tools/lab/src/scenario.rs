@@ -226,19 +226,20 @@ impl<'a> Context<'a> {
         self.folder = None;
         ending::check(self, &guest);
         let failed = self.tap.failures() > self.failures_before_boot;
-        if failed {
+        let keep = failed || self.options.keep;
+        if keep {
             ending::save(&guest);
         }
         self.check("the host ends in good order", || guest.stop());
-        if failed {
+        if keep {
             self.keep(&folder);
-        } else if !self.options.keep {
+        } else {
             let _ = fs::remove_dir_all(folder);
         }
         Ok(())
     }
 
-    /// Tells where the logs of a failed boot are, and brings them out of an emulated machine.
+    /// Tells where the logs of a boot are, and brings them out of an emulated machine.
     fn keep(&mut self, folder: &Path) {
         self.tap.note(&format!("logs are in {}", folder.display()));
         if let Some(way) = &self.options.artifacts {
