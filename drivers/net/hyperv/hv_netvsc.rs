@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+use hyperv_wire::vmbus::class;
 use kernel::{
     driver,
     prelude::*,
@@ -95,5 +96,5 @@ vmbus::vmbus_device_table!(
     ID_TABLE,
     MODULE_ID_TABLE,
     <NetvscDriver as vmbus::Driver>::IdInfo,
-    [(vmbus::DeviceId::new(device::CLASS), ())]
+    [(vmbus::DeviceId::new(class::NETWORK), ())]
 );

@@ -35,16 +35,6 @@ use zerocopy_derive::{
     Unaligned, //
 };
 
-use crate::Guid;
-
-/// VMBus interface class of a virtual PCI bus.
-pub const CLASS: Guid = Guid::new(
-    0x44c4f61d,
-    0x4444,
-    0x4400,
-    [0x9d, 0x52, 0x80, 0x2e, 0x27, 0xed, 0xe1, 0x9f],
-);
-
 /// Number of base address registers of a function.
 pub const BARS: usize = 6;
 

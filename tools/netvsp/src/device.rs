@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 
 use hyperv_wire::ndis::PacketFilter;
 use hyperv_wire::nvsp::{DataPath, Version};
-use vmbus_host::{Channel, Counter, Counters, Direction, Guid, MessageLog, Offer, OpenRefused};
+use hyperv_wire::vmbus::class;
+use vmbus_host::{Channel, Counter, Counters, Direction, MessageLog, Offer, OpenRefused};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{Config, Fault, FaultAction, FaultPoint};
@@ -29,12 +30,6 @@ use crate::port::{Delivery, Path, RxFrame, SwitchPort, SyntheticSink};
 use crate::receive::Receive;
 use crate::transport::{SharedMemory, Transport};
 use crate::worker::Worker;
-
-/// Class of synthetic network devices on the VMBus.
-pub const CLASS: Guid = match Guid::parse("f8615163-df3e-46c5-913f-f2d2f965ed0e") {
-    Ok(guid) => guid,
-    Err(_) => panic!("malformed class"),
-};
 
 /// How long a frame waits for room before it is dropped.
 const ROOM_WAIT: Duration = Duration::from_millis(100);
@@ -435,7 +430,7 @@ impl vmbus_host::Device for Nic {
     }
 
     fn offer(&self) -> Offer {
-        Offer::new(CLASS, self.shared.config.instance)
+        Offer::new(class::NETWORK, self.shared.config.instance)
     }
 
     fn open(&self, channel: Arc<Channel>) -> Result<(), OpenRefused> {

@@ -22,7 +22,7 @@ mod worker;
 mod tests;
 
 pub use config::{instance_from_mac, Config, Fault, FaultAction, FaultPoint};
-pub use device::{Nic, Status, CLASS};
+pub use device::{Nic, Status};
 pub use frame::{Mac, TxOffload};
 pub use hyperv_wire::nvsp::Version;
 pub use port::{Delivery, RxFrame, SwitchPort, VfSink};

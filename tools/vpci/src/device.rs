@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use hyperv_wire::vmbus::class;
 use hyperv_wire::vpci::{self, MessageType, Request, SlotNumber};
 use vmbus_host::{
     Channel, Device, Direction, MessageLog, Offer, OpenRefused, Packet, PacketKind, SendError,
@@ -279,7 +280,7 @@ impl Device for VpciDevice {
     }
 
     fn offer(&self) -> Offer {
-        Offer::new(vpci::CLASS, self.bus.instance())
+        Offer::new(class::PCI, self.bus.instance())
     }
 
     fn open(&self, channel: Arc<Channel>) -> Result<(), OpenRefused> {

@@ -14,8 +14,7 @@ use hyperv_wire::{
     nvsp::{
         Version,
         SEND_TABLE_SIZE, //
-    },
-    Guid, //
+    }, //
 };
 use kernel::{
     device::Core,
@@ -73,14 +72,6 @@ use crate::{
     vf,
     vf::Bond, //
 };
-
-/// Class of synthetic network adapters.
-pub(crate) const CLASS: Guid = Guid::new(
-    0xf861_5163,
-    0xdf3e,
-    0x46c5,
-    [0x91, 0x3f, 0xf2, 0xd2, 0xf9, 0x65, 0xed, 0x0e],
-);
 
 /// Smallest MTU.
 const MTU_MIN: u32 = 68;

@@ -2,10 +2,12 @@
 
 //! A bus comes and goes.
 
-use hyperv_wire::vpci::{
-    config_window,
-    ProtocolVersion,
-    CLASS, //
+use hyperv_wire::{
+    vmbus::class,
+    vpci::{
+        config_window,
+        ProtocolVersion, //
+    }, //
 };
 use kernel::{
     device::{
@@ -57,7 +59,7 @@ vmbus::vmbus_device_table!(
     ID_TABLE,
     MODULE_ID_TABLE,
     <HvPci as vmbus::Driver>::IdInfo,
-    [(vmbus::DeviceId::new(CLASS), ())]
+    [(vmbus::DeviceId::new(class::PCI), ())]
 );
 
 /// The driver.
