@@ -32,30 +32,12 @@ pub use channel::{Channel, Closed, Packet, PacketKind, RecvError, SendError, Wak
 pub use counters::{Counter, Counters};
 pub use gpadl::{Gpadl, GpadlError};
 pub use host::{AddDeviceError, Config, Usage, VmbusHost};
-pub use hyperv_wire::{vmbus::Version, Guid};
+pub use hyperv_wire::{hypercall::status as hv_status, vmbus::Version, Guid};
 pub use log::{Direction, LogPage, MessageLog};
 pub use memory::{AccessError, GpaRange};
 
-/// Result of a hypercall, as the guest sees it.
+/// Result of a hypercall, one of [`hv_status`].
 pub type HvStatus = u16;
-
-/// Values of [`HvStatus`].
-pub mod hv_status {
-    use super::HvStatus;
-
-    /// Done.
-    pub const SUCCESS: HvStatus = 0;
-    /// The hypercall does not exist.
-    pub const INVALID_HYPERCALL_CODE: HvStatus = 0x2;
-    /// The control word makes no sense.
-    pub const INVALID_HYPERCALL_INPUT: HvStatus = 0x3;
-    /// A parameter makes no sense.
-    pub const INVALID_PARAMETER: HvStatus = 0x5;
-    /// No such connection.
-    pub const INVALID_CONNECTION_ID: HvStatus = 0x12;
-    /// The message queue is full; the guest tries again.
-    pub const INSUFFICIENT_BUFFERS: HvStatus = 0x13;
-}
 
 /// What the VMBus and its devices need from the virtual machine.
 pub trait Platform: Send + Sync {

@@ -5,6 +5,8 @@
 //! hypercalls. So the two MSRs that enable them come to us (MSR filter), and the hypercall page holds an
 //! `out` to a port of ours: each hypercall is one port exit with its parameters in the registers.
 
+use hyperv_wire::hypercall::{code, status, Control, Retarget};
+use hyperv_wire::vmbus::MAX_MESSAGE_LEN;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::layout::HYPERCALL_PORT;
@@ -24,21 +26,8 @@ pub trait Hypercalls: Send + Sync {
 /// What the hypercall page begins with: `endbr64; out imm8, al; ret`.
 pub const PAGE_BODY: [u8; 7] = [0xf3, 0x0f, 0x1e, 0xfa, 0xe6, HYPERCALL_PORT, 0xc3];
 
-const HVCALL_POST_MESSAGE: u16 = 0x5c;
-const HVCALL_SIGNAL_EVENT: u16 = 0x5d;
-const HVCALL_RETARGET_INTERRUPT: u16 = 0x7e;
-
-const STATUS_INVALID_CODE: u16 = 2;
-const STATUS_INVALID_INPUT: u16 = 3;
-const STATUS_INVALID_ALIGNMENT: u16 = 4;
-const STATUS_INVALID_PARAMETER: u16 = 5;
-
-/// Payload bytes a message can carry.
-const MESSAGE_PAYLOAD: usize = 240;
 /// `HvPostMessage` input before the payload: connection, reserved, type, size.
 const POST_MESSAGE_HEADER: usize = 16;
-/// `HvRetargetDeviceInterrupt` input up to where its variable header begins.
-const RETARGET_FIXED: usize = 56;
 /// Input never crosses a page.
 const PAGE: u64 = 4096;
 
@@ -54,17 +43,13 @@ pub struct Registers {
 }
 
 impl Registers {
-    fn code(self) -> u16 {
-        self.control as u16
-    }
-
-    fn fast(self) -> bool {
-        self.control & (1 << 16) != 0
+    fn control(self) -> Control {
+        Control(self.control)
     }
 
     /// Bytes of variable header.
     fn variable_header(self) -> usize {
-        ((self.control >> 17) & 0x3ff) as usize * 8
+        usize::from(self.control().variable_header()) * 8
     }
 
     fn rep_count(self) -> u16 {
@@ -74,32 +59,32 @@ impl Registers {
 
 /// Runs one hypercall and gives what goes back in RAX.
 pub fn dispatch(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hypercalls) -> u64 {
-    let status = match registers.code() {
+    let result = match registers.control().code() {
         // None of the three is a rep call.
-        HVCALL_POST_MESSAGE | HVCALL_SIGNAL_EVENT | HVCALL_RETARGET_INTERRUPT
+        code::POST_MESSAGE | code::SIGNAL_EVENT | code::RETARGET_INTERRUPT
             if registers.rep_count() != 0 =>
         {
-            STATUS_INVALID_INPUT
+            status::INVALID_HYPERCALL_INPUT
         }
-        HVCALL_POST_MESSAGE => post_message(registers, memory, handler),
-        HVCALL_SIGNAL_EVENT => signal_event(registers, memory, handler),
-        HVCALL_RETARGET_INTERRUPT => retarget(registers, memory, handler),
-        _ => STATUS_INVALID_CODE,
+        code::POST_MESSAGE => post_message(registers, memory, handler),
+        code::SIGNAL_EVENT => signal_event(registers, memory, handler),
+        code::RETARGET_INTERRUPT => retarget(registers, memory, handler),
+        _ => status::INVALID_HYPERCALL_CODE,
     };
-    status.into()
+    result.into()
 }
 
 /// Copies `len` bytes of input, once.
 fn read_input(registers: Registers, memory: &GuestMemoryMmap, buf: &mut [u8]) -> Result<(), u16> {
     if registers.input % 8 != 0 {
-        return Err(STATUS_INVALID_ALIGNMENT);
+        return Err(status::INVALID_ALIGNMENT);
     }
     if registers.input % PAGE + buf.len() as u64 > PAGE {
-        return Err(STATUS_INVALID_INPUT);
+        return Err(status::INVALID_HYPERCALL_INPUT);
     }
     memory
         .read_slice(buf, GuestAddress(registers.input))
-        .map_err(|_| STATUS_INVALID_INPUT)
+        .map_err(|_| status::INVALID_HYPERCALL_INPUT)
 }
 
 fn le32(bytes: &[u8], at: usize) -> u32 {
@@ -109,19 +94,19 @@ fn le32(bytes: &[u8], at: usize) -> u32 {
 }
 
 fn post_message(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hypercalls) -> u16 {
-    if registers.fast() || registers.variable_header() != 0 {
-        return STATUS_INVALID_INPUT;
+    if registers.control().is_fast() || registers.variable_header() != 0 {
+        return status::INVALID_HYPERCALL_INPUT;
     }
-    let mut input = [0; POST_MESSAGE_HEADER + MESSAGE_PAYLOAD];
+    let mut input = [0; POST_MESSAGE_HEADER + MAX_MESSAGE_LEN];
     // The guest may give no more than what it fills, at the end of a page: header first.
-    if let Err(status) = read_input(registers, memory, &mut input[..POST_MESSAGE_HEADER]) {
-        return status;
+    if let Err(error) = read_input(registers, memory, &mut input[..POST_MESSAGE_HEADER]) {
+        return error;
     }
     let connection = le32(&input, 0);
     let message_type = le32(&input, 8);
     let size = le32(&input, 12) as usize;
-    if size > MESSAGE_PAYLOAD {
-        return STATUS_INVALID_PARAMETER;
+    if size > MAX_MESSAGE_LEN {
+        return status::INVALID_PARAMETER;
     }
     let payload = Registers {
         input: registers.input + POST_MESSAGE_HEADER as u64,
@@ -129,7 +114,7 @@ fn post_message(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hy
     };
     if size > 0 {
         if registers.input % PAGE + (POST_MESSAGE_HEADER + size) as u64 > PAGE {
-            return STATUS_INVALID_INPUT;
+            return status::INVALID_HYPERCALL_INPUT;
         }
         if let Err(status) = read_input(payload, memory, &mut input[POST_MESSAGE_HEADER..][..size])
         {
@@ -145,9 +130,9 @@ fn post_message(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hy
 
 fn signal_event(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hypercalls) -> u16 {
     if registers.variable_header() != 0 {
-        return STATUS_INVALID_INPUT;
+        return status::INVALID_HYPERCALL_INPUT;
     }
-    let input = if registers.fast() {
+    let input = if registers.control().is_fast() {
         registers.input.to_le_bytes()
     } else {
         let mut input = [0; 8];
@@ -161,13 +146,13 @@ fn signal_event(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hy
 }
 
 fn retarget(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hypercalls) -> u16 {
-    if registers.fast() {
-        return STATUS_INVALID_INPUT;
+    if registers.control().is_fast() {
+        return status::INVALID_HYPERCALL_INPUT;
     }
-    let mut input = vec![0; RETARGET_FIXED + registers.variable_header()];
+    let mut input = vec![0; Retarget::FIXED + registers.variable_header()];
     match read_input(registers, memory, &mut input) {
         Ok(()) => handler.retarget_device_interrupt(&input),
-        Err(status) => status,
+        Err(error) => error,
     }
 }
 
@@ -291,7 +276,10 @@ mod tests {
             assert_eq!(rax, 0);
             assert_eq!(
                 calls,
-                [Call::Retarget(vec![0; RETARGET_FIXED + words as usize * 8])]
+                [Call::Retarget(vec![
+                    0;
+                    Retarget::FIXED + words as usize * 8
+                ])]
             );
         }
         // The longest header the field can express does not fit into a page.

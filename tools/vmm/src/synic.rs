@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
+use hyperv_wire::vmbus::MAX_MESSAGE_LEN;
 use kvm_bindings::{
     kvm_irq_routing_entry, kvm_irq_routing_hv_sint, kvm_irq_routing_irqchip, KvmIrqRouting,
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQ_ROUTING_HV_SINT,
@@ -32,7 +33,6 @@ pub const MESSAGE_SINT: u8 = 2;
 const FLAGS: u16 = 2048;
 
 const SLOT: u64 = 256;
-const MESSAGE_PAYLOAD: usize = 240;
 /// Bytes before the payload: type, payload size, flags, two reserved, sender.
 const MESSAGE_HEADER: usize = 16;
 /// Message flag: another message waits, so write the end-of-message register.
@@ -128,7 +128,7 @@ impl Synic {
         };
         let mut queue = queue.lock().unwrap();
         if queue.len() < QUEUE_MAX {
-            let payload = payload[..payload.len().min(MESSAGE_PAYLOAD)].to_vec();
+            let payload = payload[..payload.len().min(MAX_MESSAGE_LEN)].to_vec();
             queue.push_back(Message {
                 message_type,
                 payload,
