@@ -108,7 +108,9 @@ pub(crate) struct RxPoll {
     fragments: KVVec<Fragment>,
     /// What is known of that packet.
     info: PacketInfo,
-    /// A control message.
+    /// Room for the per-packet information of a packet.
+    ppis: [u8; PPI_MAX],
+    /// Room for a control message.
     message: KVVec<u8>,
 }
 
@@ -118,7 +120,8 @@ impl RxPoll {
             owed: KVec::with_capacity(OWED_MAX, GFP_KERNEL)?,
             fragments: KVVec::with_capacity(nvsp::MAX_TRANSFER_RANGES, GFP_KERNEL)?,
             info: PacketInfo::default(),
-            message: KVVec::with_capacity(MESSAGE_MAX, GFP_KERNEL)?,
+            ppis: [0; PPI_MAX],
+            message: KVVec::from_elem(0, MESSAGE_MAX, GFP_KERNEL)?,
         })
     }
 
@@ -330,35 +333,27 @@ impl RxPoll {
         } else {
             len
         };
-        if copy > MESSAGE_MAX {
-            return Err(EMSGSIZE);
-        }
-        self.message.clear();
-        while self.message.len() < copy {
-            if self.message.push_within_capacity(0).is_err() {
-                return Err(EMSGSIZE);
-            }
-        }
-        part(bytes, 0, &mut self.message)?;
+        let message = self.message.get_mut(..copy).ok_or(EMSGSIZE)?;
+        part(bytes, 0, message)?;
         let dev = context.device();
         match kind {
             MessageType::INITIALIZE_COMPLETE
             | MessageType::QUERY_COMPLETE
             | MessageType::SET_COMPLETE => {
-                let message = rndis::Message::parse(&self.message).map_err(|_| EINVAL)?;
-                let answer = self.message.get(..message.len()).ok_or(EINVAL)?;
-                if shared.connection.rndis.answer(&message, answer).is_err() && net_ratelimit() {
+                let answer = rndis::Message::parse(message).map_err(|_| EINVAL)?;
+                let bytes = message.get(..answer.len()).ok_or(EINVAL)?;
+                if shared.connection.rndis.answer(&answer, bytes).is_err() && net_ratelimit() {
                     netdev_err!(
                         dev,
                         "no rndis request found for this response (id {:#x} res type {:#x})\n",
-                        message.request_id().unwrap_or(0),
+                        answer.request_id().unwrap_or(0),
                         kind.0
                     );
                 }
                 Ok(())
             }
             MessageType::INDICATE_STATUS => {
-                let indication = rndis::Message::indication(&self.message).map_err(|_| EINVAL)?;
+                let indication = rndis::Message::indication(message).map_err(|_| EINVAL)?;
                 link::indicated(dev, &indication);
                 Ok(())
             }
@@ -389,8 +384,7 @@ impl RxPoll {
         let mut head = [0; rndis::PACKET_HEADER_SIZE];
         part(bytes, 0, &mut head)?;
         let layout = rndis::packet_layout(&head, bytes.len()).map_err(|_| EINVAL)?;
-        let mut ppis = [0; PPI_MAX];
-        let ppis = ppis.get_mut(..layout.ppis.len()).ok_or(EMSGSIZE)?;
+        let ppis = self.ppis.get_mut(..layout.ppis.len()).ok_or(EMSGSIZE)?;
         part(bytes, layout.ppis.start, ppis)?;
         let info = PacketInfo::collect(Ppis::new(ppis)).map_err(|_| EINVAL)?;
 
