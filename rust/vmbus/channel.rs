@@ -123,11 +123,8 @@ pub struct OpenParams {
     pub recv_ring: usize,
     /// Where the callback runs.
     pub read_mode: ReadMode,
-    /// Largest packet from the host; 0 for the bus's default of 4 KiB.
+    /// Largest packet from the host in bytes; 0 for the bus's default of 4 KiB.
     pub max_packet_size: u32,
-    /// Number of requests that can be under way; 0 if the ids given at sending are to be passed to
-    /// the host as they are.
-    pub request_ids: u32,
 }
 
 /// Size of a ring with room for `payload` bytes, with the header and in whole pages.
@@ -265,18 +262,14 @@ impl<H: ChannelHandler> Context<H> {
         unsafe {
             (*raw).callback_mode = params.read_mode.to_raw();
             (*raw).max_pkt_size = max_packet_size;
-            (*raw).rqstor_size = params.request_ids;
-            if params.request_ids == 0 {
-                (*raw).next_request_id_callback = None;
-                (*raw).request_addr_callback = None;
-                // An earlier user's table was freed when it closed the channel, but closing it
-                // again would free it again.
-                (*raw).requestor.req_arr = core::ptr::null_mut();
-                (*raw).requestor.req_bitmap = core::ptr::null_mut();
-            } else {
-                (*raw).next_request_id_callback = Some(bindings::vmbus_next_request_id);
-                (*raw).request_addr_callback = Some(bindings::vmbus_request_addr);
-            }
+            // The host gets the ids given at sending, none of the bus driver's.
+            (*raw).rqstor_size = 0;
+            (*raw).next_request_id_callback = None;
+            (*raw).request_addr_callback = None;
+            // An earlier user's table was freed when it closed the channel, but closing it again
+            // would free it again.
+            (*raw).requestor.req_arr = core::ptr::null_mut();
+            (*raw).requestor.req_bitmap = core::ptr::null_mut();
         }
 
         // SAFETY: The channel is valid and not open. The callback's context stays valid until the

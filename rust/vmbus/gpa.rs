@@ -2,27 +2,45 @@
 
 //! Guest memory that a packet refers to.
 
+use core::mem::{
+    offset_of,
+    MaybeUninit, //
+};
+
 use hyperv_bindings as bindings;
-use kernel::prelude::*;
+use kernel::{
+    error::to_result,
+    prelude::*, //
+};
 
 use crate::{
-    ring::{
-        GpaDirectHeader,
-        GPA_DIRECT_HEADER, //
-    },
+    ring::packet_len,
     Ring,
     HV_PAGE_SIZE,
     PAGE_BUFFERS_MAX, //
 };
 
+/// The fixed part of a GPA-direct packet, as C has it, without the ranges.
+#[repr(C, packed)]
+struct GpaDirectHeader {
+    // Filled in by the bus driver.
+    descriptor: [u8; 16],
+    reserved: u32,
+    range_count: u32,
+}
+
 /// Up to [`PAGE_BUFFERS_MAX`] pages of guest memory in several ranges.
 ///
 /// A range is contiguous in guest-physical memory and may begin and end inside of a page.
+///
+/// # Invariants
+///
+/// The first `used` words are initialised: `header.range_count` complete ranges.
 #[repr(C)]
 pub struct GpaRanges {
     header: GpaDirectHeader,
     /// For each range its length and offset, then its page numbers.
-    words: [u64; 2 * PAGE_BUFFERS_MAX],
+    words: [MaybeUninit<u64>; 2 * PAGE_BUFFERS_MAX],
     used: usize,
     pages: usize,
 }
@@ -30,13 +48,14 @@ pub struct GpaRanges {
 impl GpaRanges {
     /// No range.
     pub fn new() -> Self {
+        // INVARIANT: Nothing is used.
         Self {
             header: GpaDirectHeader {
                 descriptor: [0; 16],
                 reserved: 0,
                 range_count: 0,
             },
-            words: [0; 2 * PAGE_BUFFERS_MAX],
+            words: [const { MaybeUninit::uninit() }; 2 * PAGE_BUFFERS_MAX],
             used: 0,
             pages: 0,
         }
@@ -63,10 +82,11 @@ impl GpaRanges {
             .words
             .get_mut(self.used..self.used + 1 + pages)
             .ok_or(E2BIG)?;
-        slots[0] = u64::from(len) | ((offset as u64) << 32);
+        slots[0].write(u64::from(len) | ((offset as u64) << 32));
         for (slot, pfn) in slots[1..].iter_mut().zip(pfn..) {
-            *slot = pfn;
+            slot.write(pfn);
         }
+        // INVARIANT: All these words have just been written.
         self.used += 1 + pages;
         self.pages += pages;
         self.header.range_count += 1;
@@ -80,19 +100,31 @@ impl Default for GpaRanges {
     }
 }
 
-const _: () = assert!(core::mem::offset_of!(GpaRanges, words) == GPA_DIRECT_HEADER);
-
 impl Ring<'_> {
     /// Sends `payload` together with ranges of guest memory, and wants a reply.
     ///
     /// The host may use the memory until it completes the packet.
+    ///
+    /// Fails as [`Ring::send_inband`] does.
     pub fn send_ranges(&self, ranges: &mut GpaRanges, payload: &[u8], id: u64) -> Result {
         if ranges.used == 0 {
             return Err(EINVAL);
         }
-        let size = GPA_DIRECT_HEADER + ranges.used * size_of::<u64>();
-        // SAFETY: `size` bytes of the structure are the header and complete ranges.
-        unsafe { self.send_gpa_direct((&raw mut *ranges).cast(), size, payload, id) }
+        let len = packet_len(payload)?;
+        let size = offset_of!(GpaRanges, words) + ranges.used * size_of::<u64>();
+        // SAFETY: By the type invariants the channel is open, and `size` bytes of `ranges` are
+        // initialised, the header and complete ranges. The function copies them and the payload,
+        // and writes only to the header.
+        to_result(unsafe {
+            bindings::vmbus_sendpacket_mpb_desc(
+                self.raw(),
+                (&raw mut *ranges).cast(),
+                size as u32,
+                payload.as_ptr().cast_mut().cast(),
+                len,
+                id,
+            )
+        })
     }
 }
 

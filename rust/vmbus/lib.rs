@@ -73,7 +73,6 @@ pub use self::packet::{
     TransferPages, //
 };
 pub use self::ring::{
-    PageBuffer,
     Reader,
     Reply,
     Ring,

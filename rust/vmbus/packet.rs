@@ -71,12 +71,6 @@ impl<'a> Packet<'a> {
         self.descriptor().trans_id
     }
 
-    /// Whether the host wants a completion.
-    pub fn wants_completion(&self) -> bool {
-        u32::from(self.descriptor().flags) & bindings::VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED
-            != 0
-    }
-
     /// The whole packet, headers included.
     pub fn bytes(&self) -> &'a [u8] {
         let len = usize::from(self.descriptor().len8) * 8;

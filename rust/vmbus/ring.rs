@@ -35,45 +35,6 @@ pub enum Reply {
     None,
 }
 
-/// A piece of one page of guest memory, for the host to read or write.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct PageBuffer {
-    /// Number of bytes.
-    pub len: u32,
-    /// Offset of the first byte in the page.
-    pub offset: u32,
-    /// Number of the page, in Hyper-V's pages.
-    pub pfn: u64,
-}
-
-/// The fixed part of a GPA-direct packet, as C has it, without the ranges.
-#[repr(C, packed)]
-#[derive(Clone, Copy)]
-pub(crate) struct GpaDirectHeader {
-    // Filled in by the bus driver.
-    pub(crate) descriptor: [u8; 16],
-    pub(crate) reserved: u32,
-    pub(crate) range_count: u32,
-}
-
-/// A GPA-direct packet of single pages.
-#[repr(C, packed)]
-struct PagesPacket {
-    header: GpaDirectHeader,
-    ranges: [(u32, u32, u64); PAGE_BUFFERS_MAX],
-}
-
-/// A GPA-direct packet of one range of pages.
-#[repr(C, packed)]
-struct MultipagePacket {
-    header: GpaDirectHeader,
-    len: u32,
-    offset: u32,
-    pfns: [u64; PAGE_BUFFERS_MAX],
-}
-
-pub(crate) const GPA_DIRECT_HEADER: usize = core::mem::size_of::<GpaDirectHeader>();
-
 /// The rings of a channel that is open, and stays so for the life of this object.
 ///
 /// It holds an RCU read lock: do not sleep while you have it.
@@ -96,7 +57,7 @@ impl<'a> Ring<'a> {
         }
     }
 
-    fn raw(&self) -> *mut bindings::vmbus_channel {
+    pub(crate) fn raw(&self) -> *mut bindings::vmbus_channel {
         self.shared.raw.as_ptr()
     }
 
@@ -112,14 +73,10 @@ impl<'a> Ring<'a> {
         unsafe { (&raw const (*self.raw()).target_cpu).read_volatile() }
     }
 
-    /// Sends an in-band packet.
+    /// Sends an in-band packet. If a reply is wanted, the host will complete it with the same `id`.
     ///
-    /// Returns the transaction id under which the host will complete it: `id` itself, or one that
-    /// stands for it if the channel was opened with `request_ids` and a reply is wanted.
-    ///
-    /// Fails with `EAGAIN` if the ring is full (or no id is left) and `ENODEV` if the channel is
-    /// rescinded.
-    pub fn send_inband(&self, payload: &[u8], id: u64, reply: Reply) -> Result<u64> {
+    /// Fails with `EAGAIN` if the ring is full and with `ENODEV` if the channel is rescinded.
+    pub fn send_inband(&self, payload: &[u8], id: u64, reply: Reply) -> Result {
         self.send(
             payload,
             id,
@@ -132,9 +89,11 @@ impl<'a> Ring<'a> {
     }
 
     /// Completes the host's packet with the given transaction id.
+    ///
+    /// Fails as [`Self::send_inband`] does.
     pub fn send_completion(&self, transaction_id: u64, payload: &[u8]) -> Result {
         let kind = bindings::vmbus_packet_type_VM_PKT_COMP;
-        self.send(payload, transaction_id, kind, 0).map(|_| ())
+        self.send(payload, transaction_id, kind, 0)
     }
 
     fn send(
@@ -143,126 +102,20 @@ impl<'a> Ring<'a> {
         id: u64,
         kind: bindings::vmbus_packet_type,
         flags: u32,
-    ) -> Result<u64> {
+    ) -> Result {
         let len = packet_len(payload)?;
-        let mut transaction_id = 0;
         // SAFETY: By the type invariants the channel is open. The function copies the payload and
         // does not write to it.
         to_result(unsafe {
-            bindings::vmbus_sendpacket_getid(
+            bindings::vmbus_sendpacket(
                 self.raw(),
                 payload.as_ptr().cast_mut().cast(),
                 len,
                 id,
-                &mut transaction_id,
                 kind,
                 flags,
             )
-        })?;
-        Ok(transaction_id)
-    }
-
-    /// Sends `payload` together with up to [`PAGE_BUFFERS_MAX`] pieces of pages, and wants a reply.
-    ///
-    /// The host may use the pages until it completes the packet.
-    pub fn send_page_buffers(&self, pages: &[PageBuffer], payload: &[u8], id: u64) -> Result {
-        if pages.is_empty() || pages.len() > PAGE_BUFFERS_MAX {
-            return Err(EINVAL);
-        }
-        let mut packet = PagesPacket {
-            header: GpaDirectHeader {
-                descriptor: [0; 16],
-                reserved: 0,
-                range_count: pages.len() as u32,
-            },
-            ranges: [(0, 0, 0); PAGE_BUFFERS_MAX],
-        };
-        let mut ranges = [(0, 0, 0); PAGE_BUFFERS_MAX];
-        for (range, page) in ranges.iter_mut().zip(pages) {
-            *range = (page.len, page.offset, page.pfn);
-        }
-        packet.ranges = ranges;
-        let size = GPA_DIRECT_HEADER + core::mem::size_of_val(&ranges[..pages.len()]);
-        // SAFETY: `size` bytes of `packet` are the header and the ranges in use.
-        unsafe { self.send_gpa_direct((&raw mut packet).cast(), size, payload, id) }
-    }
-
-    /// Sends `payload` together with one range of up to [`PAGE_BUFFERS_MAX`] pages, and wants a
-    /// reply. The range has `len` bytes and starts at `offset` in the first page.
-    pub fn send_multipage(
-        &self,
-        len: u32,
-        offset: u32,
-        pfns: &[u64],
-        payload: &[u8],
-        id: u64,
-    ) -> Result {
-        let covered = pfns.len() * crate::HV_PAGE_SIZE;
-        if pfns.is_empty()
-            || pfns.len() > PAGE_BUFFERS_MAX
-            || u64::from(len) + u64::from(offset) > covered as u64
-        {
-            return Err(EINVAL);
-        }
-        let mut all = [0; PAGE_BUFFERS_MAX];
-        all[..pfns.len()].copy_from_slice(pfns);
-        let mut packet = MultipagePacket {
-            header: GpaDirectHeader {
-                descriptor: [0; 16],
-                reserved: 0,
-                range_count: 1,
-            },
-            len,
-            offset,
-            pfns: all,
-        };
-        let size = GPA_DIRECT_HEADER + 8 + core::mem::size_of_val(pfns);
-        // SAFETY: `size` bytes of `packet` are the header and the range in use.
-        unsafe { self.send_gpa_direct((&raw mut packet).cast(), size, payload, id) }
-    }
-
-    /// # Safety
-    ///
-    /// `descriptor` must point to `size` bytes: a [`GpaDirectHeader`] and complete ranges.
-    pub(crate) unsafe fn send_gpa_direct(
-        &self,
-        descriptor: *mut bindings::vmbus_packet_mpb_array,
-        size: usize,
-        payload: &[u8],
-        id: u64,
-    ) -> Result {
-        let len = packet_len(payload)?;
-        // SAFETY: By the type invariants the channel is open; by the safety requirements the
-        // descriptor is complete. The function copies descriptor and payload, and writes only the
-        // fields of the header.
-        to_result(unsafe {
-            bindings::vmbus_sendpacket_mpb_desc(
-                self.raw(),
-                descriptor,
-                size as u32,
-                payload.as_ptr().cast_mut().cast(),
-                len,
-                id,
-            )
         })
-    }
-
-    /// Gives the id back with which a packet was sent, and forgets it.
-    ///
-    /// For channels with `request_ids`. `None` if no such request is under way.
-    pub fn take_request(&self, transaction_id: u64) -> Option<u64> {
-        // SAFETY: By the type invariants the channel is open, hence its table of requests exists
-        // if it is to have one; the size is checked by the function.
-        let id =
-            unsafe { bindings::vmbus_request_addr_match(self.raw(), transaction_id, u64::MAX) };
-        // The two highest values are "no table" and "no such request".
-        (id < u64::MAX - 1).then_some(id)
-    }
-
-    /// Free bytes in the ring to the host.
-    pub fn bytes_to_write(&self) -> u32 {
-        // SAFETY: By the type invariants the channel is open, so it has rings.
-        unsafe { bindings::hv_get_bytes_to_write(&raw const (*self.raw()).outbound) }
     }
 
     /// Free part of the ring to the host, in percent.
@@ -275,12 +128,6 @@ impl<'a> Ring<'a> {
     pub fn bytes_to_read(&self) -> u32 {
         // SAFETY: By the type invariants the channel is open, so it has rings.
         unsafe { bindings::hv_get_bytes_to_read(&raw const (*self.raw()).inbound) }
-    }
-
-    /// Asks the host to signal when `size` bytes are free in the ring to it; 0 takes that back.
-    pub fn set_pending_send_size(&self, size: u32) {
-        // SAFETY: By the type invariants the channel is open, so it has rings.
-        unsafe { bindings::set_channel_pending_send_size(self.raw(), size) };
     }
 
     /// Masks the host's interrupts.
@@ -311,7 +158,7 @@ impl<'a> Ring<'a> {
 }
 
 /// Length of a payload, with everything around it small enough for the length field of a packet.
-fn packet_len(payload: &[u8]) -> Result<u32> {
+pub(crate) fn packet_len(payload: &[u8]) -> Result<u32> {
     const MAX: usize = u16::MAX as usize * 8 - 1024;
     if payload.len() > MAX {
         return Err(EINVAL);

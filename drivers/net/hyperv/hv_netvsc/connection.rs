@@ -350,8 +350,6 @@ pub(crate) fn open_params() -> OpenParams {
         recv_ring: config::ring_bytes(),
         read_mode: ReadMode::Isr,
         max_packet_size: MAX_PACKET,
-        // Ids are handed out by `Transaction`.
-        request_ids: 0,
     }
 }
 

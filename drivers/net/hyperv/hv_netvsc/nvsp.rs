@@ -130,7 +130,6 @@ fn notify<B: nvsp::Body>(shared: &Shared, body: &B) -> Result {
     let message = nvsp::encode(body);
     send_patiently(shared, |ring| {
         ring.send_inband(&message, Transaction::Notice.id(), Reply::None)
-            .map(|_| ())
     })
 }
 
@@ -147,9 +146,7 @@ fn request<B: nvsp::Body>(shared: &Shared, body: &B) -> Result<([u8; ANSWER_SIZE
 
     let message = nvsp::encode(body);
     let id = Transaction::Nvsp(*sequence).id();
-    send_patiently(shared, |ring| {
-        ring.send_inband(&message, id, Reply::Wanted).map(|_| ())
-    })?;
+    send_patiently(shared, |ring| ring.send_inband(&message, id, Reply::Wanted))?;
     shared.hv.wait_for(&control.answered, TIMEOUT)?;
     let answer = control.answer.lock().message.take();
     answer.ok_or_else(net::eproto)

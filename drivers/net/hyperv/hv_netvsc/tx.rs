@@ -231,7 +231,7 @@ impl Sender<'_> {
                 .id();
                 let sent = match ranges {
                     Some(ranges) => ring.send_ranges(ranges, &body, id),
-                    None => ring.send_inband(&body, id, Reply::Wanted).map(|_| ()),
+                    None => ring.send_inband(&body, id, Reply::Wanted),
                 };
                 match sent {
                     Ok(()) => Ok(()),

@@ -222,9 +222,7 @@ impl Bus {
 
     /// Sends a message that is not answered.
     pub(crate) fn send(&self, message: &[u8]) -> Result {
-        self.ring()?
-            .send_inband(message, 0, Reply::None)
-            .map(|_| ())
+        self.ring()?.send_inband(message, 0, Reply::None)
     }
 
     /// Sends a request and waits for the answer.

@@ -103,7 +103,6 @@ impl Connection {
             recv_ring: vmbus::ring_size(RING_PAYLOAD),
             read_mode: ReadMode::Batched,
             max_packet_size: 0,
-            request_ids: 0,
         };
         let channel = Channel::open(dev, &params, Ok(Receiver(bus.clone())))?;
         bus.channel.populate(channel.handle().clone());
