@@ -56,11 +56,6 @@ void hyperv_helper_reinit_completion(struct completion *completion)
 	reinit_completion(completion);
 }
 
-u32 hyperv_helper_hv_get_bytes_to_write(const struct hv_ring_buffer_info *ring)
-{
-	return hv_get_bytes_to_write(ring);
-}
-
 u32 hyperv_helper_hv_get_bytes_to_read(const struct hv_ring_buffer_info *ring)
 {
 	return hv_get_bytes_to_read(ring);
@@ -69,11 +64,6 @@ u32 hyperv_helper_hv_get_bytes_to_read(const struct hv_ring_buffer_info *ring)
 u32 hyperv_helper_hv_get_avail_to_write_percent(const struct hv_ring_buffer_info *ring)
 {
 	return hv_get_avail_to_write_percent(ring);
-}
-
-void hyperv_helper_set_channel_pending_send_size(struct vmbus_channel *channel, u32 size)
-{
-	set_channel_pending_send_size(channel, size);
 }
 
 void hyperv_helper_hv_begin_read(struct hv_ring_buffer_info *ring)
@@ -337,11 +327,6 @@ void hyperv_helper_netif_napi_add(struct net_device *dev, struct napi_struct *na
 void hyperv_helper_netif_napi_del(struct napi_struct *napi)
 {
 	netif_napi_del(napi);
-}
-
-void hyperv_helper_napi_synchronize(const struct napi_struct *napi)
-{
-	napi_synchronize(napi);
 }
 
 void hyperv_helper_napi_gro_receive(struct napi_struct *napi, struct sk_buff *skb)
@@ -624,11 +609,6 @@ u64 hyperv_helper_per_cpu_read_u64(u64 __percpu *counter, unsigned int cpu)
 unsigned int hyperv_helper_num_online_cpus_now(void)
 {
 	return num_online_cpus();
-}
-
-unsigned int hyperv_helper_num_present_cpus_now(void)
-{
-	return num_present_cpus();
 }
 
 unsigned int hyperv_helper_next_present_cpu(int cpu)

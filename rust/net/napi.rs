@@ -176,21 +176,10 @@ impl<P: Poll> Napi<P> {
         }
     }
 
-    /// Waits until a poll that is going on has ended.
-    pub fn synchronize(&self) {
-        // SAFETY: By the type invariants the structure is initialised; we may sleep.
-        unsafe { bindings::napi_synchronize(self.napi.get()) };
-    }
-
     /// Tells user space that this instance serves the queues `index`.
     pub fn bind_queue(&self, index: u16, _rtnl: &Rtnl) {
         self.queue.store(u32::from(index) + 1, Relaxed);
         self.set_queue(index, self.napi.get());
-    }
-
-    /// Takes that back. To be called before this is dropped, if possible.
-    pub fn unbind_queue(&self, _rtnl: &Rtnl) {
-        self.forget_queue();
     }
 
     fn forget_queue(&self) {
