@@ -37,24 +37,29 @@ impl<T> DeviceList<T> {
 
     /// Removes a device, if it is in the list.
     pub fn remove(&self, dev: &NetDevice, _rtnl: &Rtnl) {
-        // SAFETY: The RTNL is held, and nothing in here calls back: the reference that is removed
-        // is dropped by the caller's, not the last one.
-        unsafe { &mut *self.0.get() }.retain(|entry| !entry.is(dev));
+        let removed = {
+            // SAFETY: The RTNL is held, and nothing in here calls back.
+            let list = unsafe { &mut *self.0.get() };
+            let index = list.iter().position(|entry| entry.is(dev));
+            index.and_then(|index| list.remove(index).ok())
+        };
+        // It may be the last reference, and dropping that runs code of the driver.
+        drop(removed);
     }
 
-    fn get(&self, index: usize) -> Option<DeviceRef<T>> {
-        // SAFETY: Only called with the RTNL held; nothing in here calls back.
+    fn get(&self, index: usize, _rtnl: &Rtnl) -> Option<DeviceRef<T>> {
+        // SAFETY: The RTNL is held, and nothing in here calls back.
         unsafe { &*self.0.get() }.get(index).cloned()
     }
 
     /// Finds a device.
     pub fn find(
         &self,
-        _rtnl: &Rtnl,
+        rtnl: &Rtnl,
         mut wanted: impl FnMut(&DeviceRef<T>) -> bool,
     ) -> Option<DeviceRef<T>> {
         let mut index = 0;
-        while let Some(dev) = self.get(index) {
+        while let Some(dev) = self.get(index, rtnl) {
             if wanted(&dev) {
                 return Some(dev);
             }
