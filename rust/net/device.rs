@@ -259,7 +259,7 @@ impl<T> Device<T> {
         }
     }
 
-    /// Sets the room needed before a packet.
+    /// Sets the room needed before a packet, in bytes.
     pub fn set_needed_headroom(&self, len: u16, _rtnl: &Rtnl) {
         // SAFETY: The device is valid; the field changes under the RTNL and is read without.
         unsafe { (&raw mut (*self.as_raw()).needed_headroom).write_volatile(len) };
@@ -295,13 +295,13 @@ impl<T> Device<T> {
         unsafe { (*self.as_raw()).vlan_features = features.0 };
     }
 
-    /// Sets the largest TCP packet that the device can segment.
+    /// Sets the largest TCP packet that the device can segment, in bytes.
     pub fn set_tso_max_size(&self, size: u32, _rtnl: &Rtnl) {
         // SAFETY: The device is valid and the RTNL is held.
         unsafe { bindings::netif_set_tso_max_size(self.as_raw(), size) };
     }
 
-    /// Sets the number of queues in use.
+    /// Sets the number of transmit queues, and of receive queues, in use.
     pub fn set_num_queues(&self, count: u32, _rtnl: &Rtnl) -> Result {
         // SAFETY: The device is valid and the RTNL is held.
         unsafe {
@@ -363,7 +363,7 @@ impl<T> Device<T> {
         unsafe { bindings::__netdev_notify_peers(self.as_raw()) };
     }
 
-    /// Stops all transmit queues, and waits for those who are transmitting.
+    /// Stops all transmit queues, and waits for those who are transmitting. Does not sleep.
     pub fn stop_all_queues(&self) {
         // SAFETY: The device is valid.
         unsafe { bindings::netif_tx_disable(self.as_raw()) };

@@ -34,6 +34,9 @@ use crate::{
 /// Length of a name of a counter, with the final zero.
 const GSTRING: usize = bindings::ETH_GSTRING_LEN as usize;
 
+/// The hash function of Toeplitz, `ETH_RSS_HASH_TOP`.
+const HASH_TOEPLITZ: u8 = 1 << bindings::ETH_RSS_HASH_TOP_BIT;
+
 /// Number of channels.
 #[derive(Clone, Copy, Default)]
 pub struct Channels {
@@ -82,7 +85,7 @@ impl Rxfh<'_> {
     pub fn wants_other_function(&self) -> bool {
         // SAFETY: By the type invariants.
         let function = unsafe { (*self.param).hfunc };
-        function != bindings::ETH_RSS_HASH_NO_CHANGE as u8 && function != 1
+        function != bindings::ETH_RSS_HASH_NO_CHANGE as u8 && function != HASH_TOEPLITZ
     }
 
     /// The indirection table, if it is to be read or set.
@@ -191,10 +194,10 @@ pub trait Ethtool: Sized {
     /// Name of the driver.
     const NAME: &'static CStr;
 
-    /// Version and number of the registers that are dumped.
+    /// Version and number of the 32-bit registers that are dumped.
     const REGISTERS: (u32, usize);
 
-    /// Size of the key of the receive hash.
+    /// Size of the key of the receive hash, in bytes.
     const KEY_SIZE: usize;
 
     /// The registers.
@@ -492,6 +495,7 @@ impl<T: Driver> EthtoolOps<T> {
         dev: &Device<T>,
         rtnl: &Rtnl,
     ) -> Rxfh<'a> {
+        // INVARIANT: By the safety requirements.
         Rxfh {
             param,
             indir_size: T::table_size(dev, rtnl),
@@ -509,7 +513,7 @@ impl<T: Driver> EthtoolOps<T> {
     ) -> c_int {
         // SAFETY: The core calls this in the right context, with tables of the sizes it asked for.
         let (dev, rtnl, mut rxfh) = unsafe {
-            (*param).hfunc = 1;
+            (*param).hfunc = HASH_TOEPLITZ;
             let (dev, rtnl) = Self::enter(dev);
             let rxfh = Self::rxfh_param(param, dev, &rtnl);
             (dev, rtnl, rxfh)

@@ -14,12 +14,10 @@ use core::ops::{
 
 use hyperv_bindings as bindings;
 
+/// Declares what both bit sets can do.
 macro_rules! bits {
     ($name:ident($ty:ty)) => {
         impl $name {
-            /// No bit.
-            pub const NONE: Self = Self(0);
-
             /// Whether all bits of `other` are set.
             pub const fn contains(self, other: Self) -> bool {
                 self.0 & other.0 == other.0

@@ -65,6 +65,10 @@ pub trait Poll: Send {
 }
 
 /// Evidence of running in [`Poll::poll`], and what can be done there.
+///
+/// # Invariants
+///
+/// `napi` is valid, belongs to `dev`, and is being polled by this CPU with `budget`.
 pub struct PollContext<'a, D> {
     napi: NonNull<bindings::napi_struct>,
     dev: &'a Device<D>,
@@ -80,7 +84,7 @@ impl<'a, D> PollContext<'a, D> {
 
     /// Allocates a packet with room for `len` bytes.
     pub fn alloc_skb(&self, len: u32) -> Option<SkBuff> {
-        // SAFETY: We are in the poll of this NAPI.
+        // SAFETY: By the type invariants we are in the poll of this NAPI.
         let skb = unsafe { bindings::napi_alloc_skb(self.napi.as_ptr(), len) };
         // SAFETY: The packet is new.
         NonNull::new(skb).map(|skb| unsafe { SkBuff::from_raw(skb) })
@@ -88,20 +92,21 @@ impl<'a, D> PollContext<'a, D> {
 
     /// Passes a packet to the stack.
     pub fn receive(&self, skb: SkBuff) {
-        // SAFETY: We are in the poll of this NAPI, and the packet is ours.
+        // SAFETY: By the type invariants we are in the poll of this NAPI, and the packet is ours.
         unsafe { bindings::napi_gro_receive(self.napi.as_ptr(), skb.into_raw()) };
     }
 
     /// Frees a packet that was transmitted.
     pub fn consume(&self, skb: SkBuff) {
-        // SAFETY: The packet is ours, and the budget is that of this poll.
+        // SAFETY: The packet is ours, and by the type invariants the budget is that of this poll.
         unsafe { bindings::napi_consume_skb(skb.into_raw(), self.budget) };
     }
 }
 
 /// A NAPI instance, enabled.
 ///
-/// Dropping it disables it and waits for the poll to end.
+/// Dropping it disables it and waits for the poll to end; this sleeps. While the device is
+/// registered, one that is bound to a queue ([`Napi::bind_queue`]) is dropped under the RTNL only.
 ///
 /// # Invariants
 ///
@@ -112,7 +117,7 @@ pub struct Napi<P: Poll> {
     napi: Opaque<bindings::napi_struct>,
     poller: UnsafeCell<P>,
     shared: P::Shared,
-    /// Number of the queues that refer to it, plus one.
+    /// Number of the queues that refer to it, plus one; 0 if none do.
     queue: Atomic<u32>,
     dev: DeviceRef<P::Driver>,
     #[pin]
@@ -176,7 +181,7 @@ impl<P: Poll> Napi<P> {
         }
     }
 
-    /// Tells user space that this instance serves the queues `index`.
+    /// Tells user space that this instance serves the receive and the transmit queue `index`.
     pub fn bind_queue(&self, index: u16, _rtnl: &Rtnl) {
         self.queue.store(u32::from(index) + 1, Relaxed);
         self.set_queue(index, self.napi.get());
@@ -223,6 +228,7 @@ impl<P: Poll> Napi<P> {
         let polled = {
             // SAFETY: By the type invariants only we access it, and there is one poll at a time.
             let poller = unsafe { &mut *this.poller.get() };
+            // INVARIANT: The core polls it.
             let context = PollContext {
                 // SAFETY: The pointer is valid.
                 napi: unsafe { NonNull::new_unchecked(napi) },

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! A network device of whatever driver.
+//!
+//! C header: [`include/linux/netdevice.h`](srctree/include/linux/netdevice.h)
 
 use core::{
     fmt::Write,
@@ -114,7 +116,7 @@ impl NetDevice {
         core::ptr::eq(self, other)
     }
 
-    /// Largest payload of a frame.
+    /// Largest payload of a frame, in bytes.
     pub fn mtu(&self) -> u32 {
         // SAFETY: The field is in this device.
         unsafe { self.read(&raw const (*self.as_raw()).mtu) }
@@ -147,13 +149,13 @@ impl NetDevice {
         Features(unsafe { self.read(&raw const (*self.as_raw()).features) })
     }
 
-    /// Largest TCP packet that the device can segment.
+    /// Largest TCP packet that the device can segment, in bytes.
     pub fn tso_max_size(&self) -> u32 {
         // SAFETY: The field is in this device.
         unsafe { self.read(&raw const (*self.as_raw()).tso_max_size) }
     }
 
-    /// Room the device needs before a packet.
+    /// Room that the device needs before a packet, in bytes.
     pub fn needed_headroom(&self) -> u16 {
         // SAFETY: The field is in this device.
         unsafe { self.read(&raw const (*self.as_raw()).needed_headroom) }
@@ -280,8 +282,8 @@ impl NetDevice {
         })
     }
 
-    /// Finds a device in the namespace of this one.
-    pub fn find_neighbour(
+    /// Finds a device in the network namespace of this one.
+    pub fn find_in_namespace(
         &self,
         _rtnl: &Rtnl,
         mut wanted: impl FnMut(&NetDevice) -> bool,

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Counters of which each CPU has its own.
+//!
+//! C header: [`include/linux/percpu.h`](srctree/include/linux/percpu.h)
 
 use core::ptr::NonNull;
 
@@ -33,12 +35,6 @@ impl<const N: usize> PerCpuCounters<N> {
         })
     }
 
-    fn counter(&self, index: usize) -> *mut u64 {
-        assert!(index < N);
-        // SAFETY: By the type invariants there are `N` counters.
-        unsafe { self.counters.as_ptr().add(index) }
-    }
-
     /// Adds to the counter `INDEX` of this CPU.
     pub fn add<const INDEX: usize>(&self, value: u64) {
         const { assert!(INDEX < N) };
@@ -47,23 +43,31 @@ impl<const N: usize> PerCpuCounters<N> {
         unsafe { bindings::this_cpu_add_u64(self.counters.as_ptr().add(INDEX), value) };
     }
 
+    /// # Safety
+    ///
+    /// `cpu` must be a possible one.
+    unsafe fn read(&self, cpu: u32) -> [u64; N] {
+        // SAFETY: By the type invariants there are `N` counters for each possible CPU.
+        core::array::from_fn(|i| unsafe {
+            bindings::per_cpu_read_u64(self.counters.as_ptr().add(i), cpu)
+        })
+    }
+
     /// The counters of one CPU. `cpu` must be one of [`possible_cpus`], or all are zero.
     pub fn of_cpu(&self, cpu: u32) -> [u64; N] {
         if !possible_cpus().any(|possible| possible == cpu) {
             return [0; N];
         }
-        // SAFETY: By the type invariants the counters exist, and the CPU is a possible one.
-        core::array::from_fn(|i| unsafe { bindings::per_cpu_read_u64(self.counter(i), cpu) })
+        // SAFETY: The CPU is a possible one.
+        unsafe { self.read(cpu) }
     }
 
     /// The sums over all CPUs.
     pub fn sum(&self) -> [u64; N] {
         let mut sum = [0u64; N];
         for cpu in possible_cpus() {
-            // SAFETY: By the type invariants the counters exist, and the CPU is a possible one.
-            let one: [u64; N] = core::array::from_fn(|i| unsafe {
-                bindings::per_cpu_read_u64(self.counter(i), cpu)
-            });
+            // SAFETY: The CPU is a possible one.
+            let one = unsafe { self.read(cpu) };
             for (to, value) in sum.iter_mut().zip(one) {
                 *to = to.wrapping_add(value);
             }

@@ -142,7 +142,10 @@ impl<P: Counted> RcuSlot<P> {
         self.ptr.load(Acquire).is_null()
     }
 
-    /// Puts another object, or none, into the slot and returns the former one. Sleeps.
+    /// Puts another object, or none, into the slot and returns the former one.
+    ///
+    /// If there was one this sleeps until nobody borrows it any more, so the caller must not borrow
+    /// from the slot.
     pub fn replace(&self, new: Option<P>) -> Option<P> {
         let new = new.map_or(null_mut(), |p| P::into_raw(p).as_ptr());
         // INVARIANT: The new reference belongs to the slot.

@@ -246,7 +246,7 @@ pub(crate) fn namespace_work(dev: &Device<Netvsc>) {
 /// At the end of a probe: bonds with the VF that is there already, whose registration was replayed
 /// when this device was not there yet.
 pub(crate) fn adopt_present(dev: &Device<Netvsc>, rtnl: &Rtnl) {
-    let vf = dev.find_neighbour(rtnl, |other| {
+    let vf = dev.find_in_namespace(rtnl, |other| {
         may_be_vf(other, rtnl) && matching(other, rtnl).is_some_and(|own| own.is(dev))
     });
     let Some(vf) = vf else {
