@@ -121,10 +121,10 @@ struct Private<T> {
 /// # Invariants
 ///
 /// `bridge` is a valid bridge of which this object holds a reference, with a [`Private<T>`] that is
-/// initialised. Its `ops` is null or the pointer of `ops`.
+/// initialised. Its `ops` is null or the pointer of `_ops`.
 pub struct HostBridge<T: ConfigOps> {
     bridge: NonNull<bindings::pci_host_bridge>,
-    ops: Arc<T>,
+    _ops: Arc<T>,
     // What the bridge's lists and the bus point to, released after the bridge.
     windows: KVec<MmioRange>,
     msi_domain: Option<Arc<dyn Send + Sync>>,
@@ -172,7 +172,7 @@ impl<T: ConfigOps> HostBridge<T> {
         // INVARIANT: The bridge is valid and its private data initialised.
         Ok(Self {
             bridge,
-            ops,
+            _ops: ops,
             windows: KVec::new(),
             msi_domain: None,
             _parent: parent.into(),
@@ -285,7 +285,7 @@ impl<T: ConfigOps> HostBridge<T> {
         Ok(RootBus {
             bus: NonNull::new(bus).ok_or(ENODEV)?,
             stopped: false,
-            bridge: self,
+            _bridge: self,
         })
     }
 }
@@ -306,7 +306,6 @@ impl<T: ConfigOps> Drop for HostBridge<T> {
                 (*window.as_raw()).flags |= bindings::IORESOURCE_BUSY as kernel::ffi::c_ulong
             };
         }
-        let _ = &self.ops;
     }
 }
 
@@ -343,7 +342,7 @@ impl Drop for RescanLock {
 pub struct RootBus<T: ConfigOps> {
     bus: NonNull<bindings::pci_bus>,
     stopped: bool,
-    bridge: HostBridge<T>,
+    _bridge: HostBridge<T>,
 }
 
 // SAFETY: A bus may be used and removed from any thread.
@@ -444,8 +443,7 @@ impl<T: ConfigOps> Drop for RootBus<T> {
         let _lock = RescanLock::new();
         self.stop_locked();
         // SAFETY: By the type invariants the bus is valid; the lock is held. The bridge is
-        // unregistered by this and `bridge` releases it.
+        // unregistered by this and `_bridge` releases it.
         unsafe { bindings::pci_remove_root_bus(self.bus.as_ptr()) };
-        let _ = &self.bridge;
     }
 }

@@ -4,6 +4,7 @@
 
 use hyperv_bindings as bindings;
 use hyperv_wire::hypercall::{
+    code,
     Control,
     Retarget, //
 };
@@ -20,7 +21,8 @@ pub fn is_root_partition() -> bool {
 /// Bytes of a CPU's page for hypercall inputs; the C code puts outputs behind the input.
 const INPUT_PAGE: usize = vmbus::HV_PAGE_SIZE;
 
-/// Why a hypercall did not work, the low 16 bits of its result; never 0.
+/// A hypercall that did not work: its result, whose low 16 bits say why
+/// ([`status`](hyperv_wire::hypercall::status)). All bits are set if it could not be made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Failed(pub u64);
 
@@ -84,7 +86,7 @@ pub fn mmio_read(address: u64, data: &mut [u8]) -> Result<(), Failed> {
     input[8..12].copy_from_slice(&(data.len() as u32).to_le_bytes());
     let mut output = [0; MMIO_DATA_MAX];
     let read = output.get(..data.len()).ok_or(Failed(u64::MAX))?.len();
-    call(Control::new(0x106, 0), &input, &mut output)?;
+    call(Control::new(code::MMIO_READ, 0), &input, &mut output)?;
     data.copy_from_slice(&output[..read]);
     Ok(())
 }
@@ -98,7 +100,7 @@ pub fn mmio_write(address: u64, data: &[u8]) -> Result<(), Failed> {
         .get_mut(16..16 + data.len())
         .ok_or(Failed(u64::MAX))?
         .copy_from_slice(data);
-    call(Control::new(0x107, 0), &input, &mut [])
+    call(Control::new(code::MMIO_WRITE, 0), &input, &mut [])
 }
 
 /// The hypervisor's number of the processor that Linux calls `cpu`.

@@ -184,11 +184,11 @@ pub trait MsiController: Send + Sync + 'static {
 ///
 /// # Invariants
 ///
-/// `domain` and `fwnode` are valid and owned by this object; the domain's `host_data` is the pointer
-/// of `_controller`.
+/// `domain` and `_fwnode` are valid and owned by this object; the domain's `host_data` is the
+/// pointer of `_controller`.
 pub struct MsiDomain<C: MsiController> {
     domain: NonNull<bindings::irq_domain>,
-    fwnode: FwNode,
+    _fwnode: FwNode,
     _controller: Arc<C>,
 }
 
@@ -287,7 +287,7 @@ impl<C: MsiController> MsiDomain<C> {
         // INVARIANT: The domain was just created, with the pointer of `controller`.
         Ok(Self {
             domain: NonNull::new(domain).ok_or(ENODEV)?,
-            fwnode,
+            _fwnode: fwnode,
             _controller: controller,
         })
     }
@@ -447,7 +447,6 @@ impl<C: MsiController> Drop for MsiDomain<C> {
         // SAFETY: By the type invariants the domain is ours. The bridge kept it as long as devices
         // could use it.
         unsafe { bindings::irq_domain_remove(self.domain.as_ptr()) };
-        let _ = &self.fwnode;
     }
 }
 

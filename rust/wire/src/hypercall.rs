@@ -29,6 +29,10 @@ pub mod code {
     pub const SIGNAL_EVENT: u16 = 0x5d;
     /// `HvRetargetDeviceInterrupt`.
     pub const RETARGET_INTERRUPT: u16 = 0x7e;
+    /// Reads memory-mapped I/O space.
+    pub const MMIO_READ: u16 = 0x106;
+    /// Writes to memory-mapped I/O space.
+    pub const MMIO_WRITE: u16 = 0x107;
 }
 
 /// Hypercall status codes, the low 16 bits of the result.
