@@ -356,7 +356,7 @@ impl SubchannelOffer<'_> {
         self.offer
     }
 
-    /// Opens the subchannel. It belongs to its primary [`Channel`] and is closed with it.
+    /// Opens the subchannel. It belongs to its primary [`Channel`] and is closed with it. Sleeps.
     pub fn open<H: ChannelHandler>(
         self,
         params: &OpenParams,
@@ -377,14 +377,19 @@ impl SubchannelOffer<'_> {
 ///
 /// Dropping it closes the channel and its subchannels; this sleeps. When it returns, no callback
 /// runs any more and all [`Ring`]s are gone.
+///
+/// # Invariants
+///
+/// `context` is that of the primary channel of `_device`, which is valid as long as the device is.
 pub struct Channel<H: ChannelHandler> {
     context: Arc<Context<H>>,
-    // Keeps the channel, which exists as long as the device does.
     _device: ARef<Device>,
 }
 
 impl<H: ChannelHandler> Channel<H> {
-    /// Opens the primary channel of `dev`.
+    /// Opens the primary channel of `dev`. Sleeps.
+    ///
+    /// Fails with `EINVAL` if the ring from the host is too small for the largest packet.
     pub fn open(
         dev: &Device<device::Bound>,
         params: &OpenParams,
@@ -392,6 +397,7 @@ impl<H: ChannelHandler> Channel<H> {
     ) -> Result<Self> {
         let subchannels = Subchannels::new(Some(KVec::new()))?;
         let (context, opened) = Context::open(dev.offer(), params, subchannels, handler)?;
+        // INVARIANT: The context was made for the primary channel.
         // Dropping it resets the callback even if the channel did not open.
         let channel = Self {
             context,
@@ -413,7 +419,8 @@ impl<H: ChannelHandler> Channel<H> {
 
     /// From now on [`ChannelHandler::on_subchannel`] is called for each subchannel that is offered.
     pub fn accept_subchannels(&self) {
-        // SAFETY: The channel is valid, and its callback context is a `Context<H>`.
+        // SAFETY: By the type invariants the channel is valid, and its callback context is a
+        // `Context<H>`.
         unsafe {
             bindings::vmbus_set_sc_create_callback(
                 self.context.handle.0.raw.as_ptr(),
@@ -438,8 +445,8 @@ impl<H: ChannelHandler> Drop for Channel<H> {
         // SAFETY: No requirements; we may sleep.
         unsafe { bindings::synchronize_rcu() };
 
-        // SAFETY: The channel is valid. If it is not open, this resets the callback and that is
-        // all. No callback of it or its subchannels runs when the function returns.
+        // SAFETY: By the type invariants the channel is valid. If it is not open, this resets the
+        // callback and that is all. No callback of it or its subchannels runs when the function returns.
         unsafe { bindings::vmbus_close(shared.raw.as_ptr()) };
 
         // `subchannel_callback` may have seen its callback set before that was reset.

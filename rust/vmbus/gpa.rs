@@ -64,7 +64,8 @@ impl GpaRanges {
     /// Appends the range of `len` bytes that begins at `offset` in the page `pfn`. An empty one is
     /// left out.
     ///
-    /// Fails with `E2BIG` if that would be too many pages.
+    /// Fails with `E2BIG` if that would be too many pages, and with `EINVAL` if `offset` is not in
+    /// the page.
     pub fn push(&mut self, pfn: u64, offset: u32, len: u32) -> Result {
         if len == 0 {
             return Ok(());
@@ -133,6 +134,7 @@ impl Ring<'_> {
 /// The owner keeps it until the host has completed the packet that refers to it.
 pub struct RequestPage(KBox<PageBytes>);
 
+#[derive(Zeroable)]
 #[repr(C, align(4096))]
 struct PageBytes([u8; HV_PAGE_SIZE]);
 
@@ -140,13 +142,7 @@ impl RequestPage {
     /// Allocates a page of zeroes.
     pub fn new() -> Result<Self> {
         Ok(Self(KBox::init(
-            // SAFETY: All bytes zero are a valid array of bytes.
-            unsafe {
-                pin_init::init_from_closure::<_, Error>(|slot: *mut PageBytes| {
-                    slot.write_bytes(0, 1);
-                    Ok(())
-                })
-            },
+            pin_init::init_zeroed::<PageBytes>(),
             GFP_KERNEL,
         )?))
     }
@@ -156,7 +152,7 @@ impl RequestPage {
         &mut self.0 .0
     }
 
-    /// Number of the page.
+    /// Number of the page, in Hyper-V's pages.
     pub fn pfn(&self) -> u64 {
         // SAFETY: The allocation lies in the kernel's direct mapping.
         unsafe { bindings::virt_to_hvpfn((&raw const *self.0).cast_mut().cast()) as u64 }

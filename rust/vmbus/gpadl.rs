@@ -43,7 +43,8 @@ unsafe impl Send for Gpadl {}
 unsafe impl Sync for Gpadl {}
 
 impl Gpadl {
-    /// Allocates `size` bytes, rounded up to whole pages, and shares them with the host.
+    /// Allocates `size` bytes, rounded up to whole pages, and shares them with the host. Sleeps
+    /// until the host has answered.
     pub fn new(dev: &Device<device::Bound>, size: usize) -> Result<Self> {
         if size == 0 {
             return Err(EINVAL);
@@ -100,7 +101,7 @@ impl Gpadl {
         })
     }
 
-    /// The host's page numbers of the buffer.
+    /// Number of a page of the buffer, both in Hyper-V's pages. `ERANGE` if `page` is not inside.
     pub fn pfn(&self, page: usize) -> Result<u64> {
         let at = page.checked_mul(crate::HV_PAGE_SIZE).ok_or(ERANGE)?;
         let bytes = self.bytes(at, 1)?;
@@ -172,7 +173,7 @@ impl SharedBytes<'_> {
         })
     }
 
-    /// Copies all bytes to `to`, which must have the same length.
+    /// Copies all bytes to `to`, or `EINVAL` if that does not have the same length.
     pub fn copy_to(&self, to: &mut [u8]) -> Result {
         if to.len() != self.len {
             return Err(EINVAL);
@@ -186,7 +187,7 @@ impl SharedBytes<'_> {
         Ok(())
     }
 
-    /// Copies `from` to the first bytes.
+    /// Copies `from` to the first bytes, or `EINVAL` if there are not so many.
     pub fn copy_from(&self, from: &[u8]) -> Result {
         if from.len() > self.len {
             return Err(EINVAL);
@@ -197,7 +198,7 @@ impl SharedBytes<'_> {
         Ok(())
     }
 
-    /// Reads a value at `offset`.
+    /// Reads a value at `offset` in bytes, or `ERANGE` if it is not inside.
     pub fn read<T: FromBytes>(&self, offset: usize) -> Result<T> {
         let end = offset
             .checked_add(core::mem::size_of::<T>())

@@ -15,7 +15,10 @@ use core::{
     ptr::NonNull, //
 };
 use hyperv_bindings as bindings;
-pub use hyperv_wire::Guid;
+pub use hyperv_wire::{
+    vmbus::Version,
+    Guid, //
+};
 use kernel::{
     device,
     device_id::{
@@ -97,16 +100,13 @@ pub fn is_isolated() -> bool {
     unsafe { bindings::hv_is_isolation_supported() }
 }
 
-/// The negotiated version of the VMBus protocol, major number in the high half.
-pub fn protocol_version() -> u32 {
+/// The negotiated version of the VMBus protocol.
+pub fn protocol_version() -> Version {
     // SAFETY: The variable is set once, before any device or driver can exist.
-    unsafe { bindings::vmbus_proto_version }
+    Version(unsafe { bindings::vmbus_proto_version })
 }
 
-/// VMBus 4.0, the first version in which GPADLs are torn down after the channel was closed.
-pub const VERSION_4_0: u32 = 0x4_0000;
-
-/// An adapter for the registration of VMBus drivers.
+/// An adapter for the registration of VMBus drivers, by a [`driver::Registration`].
 pub struct Adapter<T: Driver>(T);
 
 // SAFETY:
@@ -201,16 +201,6 @@ impl<T: Driver> Adapter<T> {
         }
         None
     }
-}
-
-/// Declares a kernel module that exposes a single VMBus driver.
-///
-/// A module that must do more registers a [`driver::Registration`] of an [`Adapter`] itself.
-#[macro_export]
-macro_rules! module_vmbus_driver {
-    ($($f:tt)*) => {
-        ::kernel::module_driver!(<T>, $crate::Adapter<T>, { $($f)* });
-    };
 }
 
 /// Abstraction for `struct hv_vmbus_device_id`.
@@ -376,7 +366,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     /// Waits until `event` is complete.
     ///
     /// Fails with `ENODEV` when the host takes the device back, and with `ETIMEDOUT` when `timeout`
-    /// has passed: there is no wait for the host without an end.
+    /// has passed: there is no wait for the host without an end. Sleeps.
     pub fn wait_for(&self, event: &Completion, timeout: Delta) -> Result {
         let start = Instant::<Monotonic>::now();
         loop {

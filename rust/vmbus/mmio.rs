@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Memory-mapped I/O space that the VMBus hands out to its devices.
+//!
+//! C source: [`drivers/hv/vmbus_drv.c`](srctree/drivers/hv/vmbus_drv.c)
 
 use core::ptr::NonNull;
 
@@ -31,7 +33,8 @@ unsafe impl Send for MmioRange {}
 unsafe impl Sync for MmioRange {}
 
 impl Device<device::Bound> {
-    /// Reserves `size` bytes of MMIO space between `min` and `max`.
+    /// Reserves `size` bytes of MMIO space between the addresses `min` and `max`, both included, at
+    /// a multiple of `align`. Sleeps.
     pub fn allocate_mmio(&self, min: u64, max: u64, size: u64, align: u64) -> Result<MmioRange> {
         let mut res = core::ptr::null_mut();
         // SAFETY: The device is valid, and the function only writes `res`.

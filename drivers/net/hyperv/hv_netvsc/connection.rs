@@ -426,7 +426,7 @@ impl Drop for Connection {
         let _ = shared.drain(Shared::is_idle);
 
         // On the older buses the buffers go before the channel, on the newer ones after it.
-        let early = vmbus::protocol_version() < vmbus::VERSION_4_0;
+        let early = vmbus::protocol_version() < vmbus::Version::V4_0;
         let guard = rcu::read_lock();
         let has_recv = shared.recv.borrow(&guard).is_some();
         let has_send = shared.send.borrow(&guard).is_some();
