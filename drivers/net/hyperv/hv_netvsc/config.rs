@@ -2,7 +2,10 @@
 
 //! Module parameters, and the settings of a connection to the host.
 
-use hyperv_wire::ndis;
+use hyperv_wire::{
+    ndis,
+    nvsp, //
+};
 use kernel::{
     prelude::*,
     sync::atomic::{
@@ -16,7 +19,7 @@ use net::MessageLevel;
 const RING_SIZE_MIN: u32 = 64;
 
 /// Most channels of a device.
-pub(crate) const CHANNELS_MAX: u32 = 64;
+pub(crate) const CHANNELS_MAX: u32 = nvsp::MAX_CHANNELS as u32;
 /// Channels that are asked for unless there are more CPUs to use.
 const CHANNELS_DEFAULT: u32 = 16;
 
