@@ -533,7 +533,8 @@ impl<'bound, T: Driver> UnregisteredDevice<'bound, T> {
             unsafe { bindings::free_netdev(raw.as_ptr()) };
             return Err(e);
         }
-        // INVARIANT: The data is initialised; if the allocation fails, dropping the owner frees all.
+        // INVARIANT: The data is initialised. If the allocation fails, dropping the owner
+        // frees all.
         let owner = Arc::new(
             Owner {
                 dev: raw,

@@ -446,7 +446,8 @@ impl<H: ChannelHandler> Drop for Channel<H> {
         unsafe { bindings::synchronize_rcu() };
 
         // SAFETY: By the type invariants the channel is valid. If it is not open, this resets the
-        // callback and that is all. No callback of it or its subchannels runs when the function returns.
+        // callback and that is all. No callback of it or its subchannels runs when the function
+        // returns.
         unsafe { bindings::vmbus_close(shared.raw.as_ptr()) };
 
         // `subchannel_callback` may have seen its callback set before that was reset.

@@ -68,7 +68,9 @@ macro_rules! bit_sets {
 
 /// Declares layouts of little-endian integers without alignment. By default all is zero.
 macro_rules! layouts {
-    ($($(#[$attr:meta])* $name:ident { $($(#[$field_attr:meta])* $field:ident: $type:ty,)* })*) => {$(
+    ($($(#[$attr:meta])* $name:ident {
+        $($(#[$field_attr:meta])* $field:ident: $type:ty,)*
+    })*) => {$(
         $(#[$attr])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[derive(

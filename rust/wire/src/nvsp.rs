@@ -38,6 +38,9 @@ pub const INVALID_SECTION: u32 = u32::MAX;
 /// Entries in the send indirection table.
 pub const SEND_TABLE_SIZE: usize = 16;
 
+/// Largest message of this protocol, the send indirection table.
+pub const MAX_MESSAGE_SIZE: usize = MESSAGE_SIZE + SEND_TABLE_SIZE * 4;
+
 /// Most ranges in a transfer pages packet: the fragments of one coalesced packet.
 pub const MAX_TRANSFER_RANGES: usize = 562;
 
@@ -214,7 +217,9 @@ pub trait Body: FromBytes + IntoBytes + KnownLayout + Immutable + Unaligned {
 
 /// Declares message bodies: layout and message type.
 macro_rules! bodies {
-    ($($(#[$attr:meta])* $name:ident = $ty:ident { $($(#[$fattr:meta])* $field:ident: $fty:ty,)* })*) => {
+    ($($(#[$attr:meta])* $name:ident = $ty:ident {
+        $($(#[$fattr:meta])* $field:ident: $fty:ty,)*
+    })*) => {
         layouts! {
             $($(#[$attr])* $name { $($(#[$fattr])* $field: $fty,)* })*
         }
@@ -617,9 +622,9 @@ pub fn encode_send_table(
     entries: &[u32; SEND_TABLE_SIZE],
     buffer: &mut [u8],
 ) -> Result<usize, Error> {
-    const LENGTH: usize = MESSAGE_SIZE + SEND_TABLE_SIZE * 4;
-
-    let message = buffer.get_mut(..LENGTH).ok_or(Error::BufferTooSmall)?;
+    let message = buffer
+        .get_mut(..MAX_MESSAGE_SIZE)
+        .ok_or(Error::BufferTooSmall)?;
     let (head, table) = message.split_at_mut(MESSAGE_SIZE);
     head.copy_from_slice(&encode(&SendIndirectionTable {
         count: U32::new(SEND_TABLE_SIZE as u32),
@@ -628,11 +633,8 @@ pub fn encode_send_table(
     for (to, entry) in table.chunks_exact_mut(4).zip(entries) {
         to.copy_from_slice(&entry.to_le_bytes());
     }
-    Ok(LENGTH)
+    Ok(MAX_MESSAGE_SIZE)
 }
-
-/// Largest message of this protocol, the send indirection table.
-pub const MAX_MESSAGE_SIZE: usize = MESSAGE_SIZE + SEND_TABLE_SIZE * 4;
 
 #[cfg(test)]
 mod tests {

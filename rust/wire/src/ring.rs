@@ -2,13 +2,13 @@
 
 //! The VMBus ring buffer.
 //!
-//! A ring is one page of control words and a data area. The writer appends packets, each followed by
-//! an 8-byte trailer, and then moves the write index; the reader moves the read index. One byte more
-//! than the writer needs must be free, since equal indices mean an empty ring.
+//! A ring is one page of control words and a data area. The writer appends packets, each followed
+//! by an 8-byte trailer, and then moves the write index; the reader moves the read index. One byte
+//! more than the writer needs must be free, since equal indices mean an empty ring.
 //!
-//! [`Reader`] and [`Writer`] are the two ends, over any [`RingMemory`]. The other end is not trusted:
-//! an index or a length from it is loaded once, checked, and then only the copy is used. Each end
-//! keeps its own index in private memory and never reads it back.
+//! [`Reader`] and [`Writer`] are the two ends, over any [`RingMemory`]. The other end is not
+//! trusted: an index or a length from it is loaded once, checked, and then only the copy is used.
+//! Each end keeps its own index in private memory and never reads it back.
 //!
 //! Signalling is left to the caller, who is told when it is due:
 //! - the writer signals when it appends to an empty ring and the reader has not masked signals;

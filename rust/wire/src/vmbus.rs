@@ -3,7 +3,8 @@
 //! VMBus: the control messages between guest and host, and the packets in a channel's rings.
 //!
 //! Control messages travel as SynIC messages (at most [`MAX_MESSAGE_LEN`] bytes of payload): a
-//! [`MessageHeader`] and one of the message bodies below. Packets travel in rings, see [`crate::ring`].
+//! [`MessageHeader`] and one of the message bodies below. Packets travel in rings, see
+//! [`crate::ring`].
 
 use core::fmt;
 

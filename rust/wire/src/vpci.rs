@@ -2,18 +2,20 @@
 
 //! Wire format of the Hyper-V virtual PCI bus protocol, versions 1.1 to 1.4.
 //!
-//! The guest is the client (VSC), the host the server (VSP). Requests of the guest are in-band VMBus
-//! packets that start with a [`MessageType`]; those with a reply are answered by a completion packet
-//! whose payload starts with a [`Status`]. The host may send [`Event`]s at any time.
+//! The guest is the client (VSC), the host the server (VSP). Requests of the guest are in-band
+//! VMBus packets that start with a [`MessageType`]; those with a reply are answered by a completion
+//! packet whose payload starts with a [`Status`]. The host may send [`Event`]s at any time.
 //!
-//! All fields are little endian and all structures are unaligned, so a packet may be parsed wherever
-//! it lies. VMBus pads payloads to eight bytes: a packet may be longer than the structure it carries.
+//! All fields are little endian and all structures are unaligned, so a packet may be parsed
+//! wherever it lies. VMBus pads payloads to eight bytes: a packet may be longer than the structure
+//! it carries.
 //!
-//! | direction      | parser                       | builder                                      |
-//! |----------------|------------------------------|----------------------------------------------|
-//! | guest → host   | [`Request::parse`]           | `new` of each structure, [`InterruptRequest::write`], [`WriteBlock::write`] |
-//! | completion     | `parse` of each reply        | [`write_status`], `new` of each reply         |
-//! | host → guest   | [`Event::parse`]             | [`write_bus_relations`], [`ChildMessage::new`], [`InvalidateBlock::new`] |
+//! - From guest to host: parsed by [`Request::parse`], built by `new` of each structure,
+//!   [`InterruptRequest::write`] and [`WriteBlock::write`].
+//! - Completions: parsed by `parse` of each reply, built by [`write_status`] and `new` of each
+//!   reply.
+//! - From host to guest: parsed by [`Event::parse`], built by [`write_bus_relations`],
+//!   [`ChildMessage::new`] and [`InvalidateBlock::new`].
 
 use core::fmt;
 
@@ -809,7 +811,7 @@ pub struct Bar {
     pub size: u64,
 }
 
-/// A BAR that is not a memory BAR.
+/// Why a BAR cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BadBar {
     /// It is in I/O space.

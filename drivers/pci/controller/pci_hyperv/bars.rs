@@ -32,7 +32,8 @@ use crate::{
 /// Memory decoding is on, in the command register.
 const COMMAND_MEMORY: u32 = 2;
 
-/// MMIO space that a BAR takes: the hypervisor maps whole pages, and the BAR is at the start of one.
+/// MMIO space that a BAR takes, in bytes: the hypervisor maps whole pages, and the BAR is at the
+/// start of one.
 fn footprint(bar: &Bar) -> u64 {
     bar.size.max(PAGE_SIZE as u64)
 }
