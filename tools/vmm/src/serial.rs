@@ -27,6 +27,14 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for the guest to take input before looking whether the VM has stopped.
 const ROOM_TIMEOUT: Duration = Duration::from_millis(50);
 
+// Registers of a 16550, and bits of them.
+const IER: u8 = 1;
+const IIR: u8 = 2;
+const LCR: u8 = 3;
+const LCR_DLAB: u8 = 1 << 7;
+const LSR: u8 = 5;
+const LSR_DATA_READY: u8 = 1 << 0;
+
 /// Raises an edge on an interrupt line.
 struct IrqLine {
     vm: Arc<VmFd>,
@@ -42,6 +50,25 @@ impl Trigger for IrqLine {
             .and_then(|()| self.vm.set_irq_line(self.line, false))
             .map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }
+}
+
+/// Reads a register.
+///
+/// vm-superio takes the interrupt for received bytes back when the first of them is read. Linux stops after 256 and asks
+/// whether there are more: then writing the register that enables interrupts raises it again.
+fn read<T, E, W>(serial: &mut Serial<T, E, W>, register: u8) -> u8
+where
+    T: Trigger,
+    E: SerialEvents,
+    W: Write,
+{
+    if register == IIR && serial.read(LSR) & LSR_DATA_READY != 0 && serial.read(LCR) & LCR_DLAB == 0
+    {
+        let enabled = serial.read(IER);
+        // An interrupt that cannot be raised is not pending.
+        let _ = serial.write(IER, enabled);
+    }
+    serial.read(register)
 }
 
 /// Tells who feeds the port when the guest has taken all there was.
@@ -154,7 +181,7 @@ impl Port {
 
     /// The guest reads a register.
     pub fn read(&self, register: u8) -> u8 {
-        self.serial.lock().unwrap().read(register)
+        read(&mut self.serial.lock().unwrap(), register)
     }
 
     /// The guest writes a register.
@@ -334,5 +361,36 @@ impl Stop {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct NoLine;
+
+    impl Trigger for NoLine {
+        type E = io::Error;
+
+        fn trigger(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn received_bytes_stay_pending_until_the_last_is_read() {
+        const DATA: u8 = 0;
+        const RECEIVED: u8 = 1 << 2;
+        const NOT_PENDING: u8 = 1 << 0;
+        let mut serial = Serial::new(NoLine, io::sink());
+        serial.write(IER, 1).unwrap();
+        serial.enqueue_raw_bytes(b"abc").unwrap();
+        for byte in b"abc" {
+            let pending = read(&mut serial, IIR);
+            assert_eq!(pending & (RECEIVED | NOT_PENDING), RECEIVED);
+            assert_eq!(read(&mut serial, DATA), *byte);
+        }
+        assert_eq!(read(&mut serial, IIR) & NOT_PENDING, NOT_PENDING);
     }
 }
