@@ -16,10 +16,6 @@ use crate::protocol::{Exit, Op, Outcome, Request, Response};
 /// What the line may take on top of a command's own timeout.
 const LINE_GRACE: Duration = Duration::from_secs(20);
 
-/// After so long without an answer the guest gets an empty line, whose interrupt wakes it: emulated
-/// processors lose an interrupt now and then, and the guest then sleeps on.
-const NUDGE: Duration = Duration::from_secs(5);
-
 /// Why a request to the agent failed.
 #[derive(Debug)]
 pub enum Error {
@@ -134,15 +130,11 @@ impl Client {
         let mut text = serde_json::to_vec(&Request { id, op })
             .map_err(|error| Error::Agent(error.to_string()))?;
         text.push(b'\n');
-        self.write(&text)?;
-        Ok((id, receiver))
-    }
-
-    fn write(&self, bytes: &[u8]) -> io::Result<()> {
         self.writer
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .write_all(bytes)
+            .write_all(&text)?;
+        Ok((id, receiver))
     }
 
     /// Starts a shell command in the guest.
@@ -169,20 +161,12 @@ impl Client {
 impl Running<'_> {
     /// Waits for the end of the command.
     pub fn wait(self) -> Result<Exit, Error> {
-        let deadline = Instant::now() + self.limit;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            return match self.answer.recv_timeout(left.min(NUDGE)) {
-                Ok(Outcome::Exited(exit)) => Ok(exit),
-                Ok(Outcome::Failed(text)) => Err(Error::Agent(text)),
-                Ok(Outcome::Done) => Err(Error::Agent("answered out of turn".into())),
-                Err(mpsc::RecvTimeoutError::Timeout) if left > NUDGE => {
-                    self.client.write(b"\n")?;
-                    continue;
-                }
-                Err(mpsc::RecvTimeoutError::Timeout) => Err(Error::NoAnswer(self.limit)),
-                Err(mpsc::RecvTimeoutError::Disconnected) => Err(Error::Closed),
-            };
+        match self.answer.recv_timeout(self.limit) {
+            Ok(Outcome::Exited(exit)) => Ok(exit),
+            Ok(Outcome::Failed(text)) => Err(Error::Agent(text)),
+            Ok(Outcome::Done) => Err(Error::Agent("answered out of turn".into())),
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(Error::NoAnswer(self.limit)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(Error::Closed),
         }
     }
 
