@@ -249,9 +249,19 @@ impl RxPoll {
         let log = || dev.data().logs(MessageLevel::RX_ERR) && net_ratelimit();
         match nvsp::message_type(packet.payload()) {
             Ok(nvsp::MessageType::SEND_RNDIS_PACKET) => {}
-            other => {
+            Ok(other) => {
                 if log() {
-                    netdev_err!(dev, "Unknown nvsp packet type received {:?}\n", other);
+                    netdev_err!(dev, "Unknown nvsp packet type received {}\n", other.0);
+                }
+                return 0;
+            }
+            Err(_) => {
+                if log() {
+                    netdev_err!(
+                        dev,
+                        "invalid nvsp header, length too small: {}\n",
+                        packet.payload().len()
+                    );
                 }
                 return 0;
             }
