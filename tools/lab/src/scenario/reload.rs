@@ -11,6 +11,8 @@ use super::{Context, Drivers, Result};
 
 /// Per module, in four parts.
 const ROUNDS: usize = 50;
+/// Of those of the PCI driver.
+const WITHOUT_VF: usize = 10;
 
 pub fn run(context: &mut Context<'_>) -> Result<()> {
     let lab = context.lab();
@@ -51,7 +53,7 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         // It is built in: its device is unbound and bound, which is the most it can do.
         Drivers::C => "hv_pci unbound and bound",
     };
-    for (load, rounds) in [(false, ROUNDS - 20), (true, 20)] {
+    for (load, rounds) in [(false, ROUNDS - 20 - WITHOUT_VF), (true, 20)] {
         let name = format!(
             "{module} {rounds} times with VF, {}",
             if load { "under load" } else { "idle" }
@@ -66,10 +68,14 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
             link.pings()
         });
     }
-    context.check("pci driver gone without VF, and back", || {
+    let name = format!("{module} {WITHOUT_VF} times without VF, then with one");
+    context.check(&name, || {
         guest.host.remove_vf(&nic)?;
-        unload_pci(&guest)?;
-        load_pci(&guest, &nic)?;
+        for round in 1..=WITHOUT_VF {
+            unload_pci(&guest)
+                .and_then(|()| load_pci(&guest, &nic))
+                .map_err(|error| format!("round {round}: {error}"))?;
+        }
         guest.host.add_vf(&nic)?;
         bonded(&guest, &nic)
     });
