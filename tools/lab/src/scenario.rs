@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+mod channels;
 pub mod demo;
 mod ending;
 mod flaps;
@@ -113,7 +114,7 @@ struct Scenario {
 }
 
 /// In the order of their numbers, which start at 1.
-const SCENARIOS: [Scenario; 8] = [
+const SCENARIOS: [Scenario; 9] = [
     Scenario {
         name: "one-nic",
         title: "one NIC, no VF: addresses, traffic, VLAN, MTU, frames of all sizes",
@@ -153,6 +154,11 @@ const SCENARIOS: [Scenario; 8] = [
         name: "versions",
         title: "each NVSP, virtual PCI and VMBus version",
         run: versions::run,
+    },
+    Scenario {
+        name: "channels",
+        title: "two processors: subchannels, queues and their interrupts",
+        run: channels::run,
     },
 ];
 

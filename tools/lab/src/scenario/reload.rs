@@ -86,7 +86,8 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     context.finish(guest)
 }
 
-fn netvsc(link: &Link<'_>, vf: bool, load: bool, wait: bool) -> Result<()> {
+/// Unloads hv_netvsc and loads it again.
+pub fn netvsc(link: &Link<'_>, vf: bool, load: bool, wait: bool) -> Result<()> {
     let (guest, nic) = (link.guest, link.nic);
     let busy = if load { busy(nic) } else { String::new() };
     guest.sh(&format!("{busy} rmmod hv_netvsc"))?;
@@ -104,7 +105,8 @@ fn netvsc(link: &Link<'_>, vf: bool, load: bool, wait: bool) -> Result<()> {
     Ok(())
 }
 
-fn pci(link: &Link<'_>, load: bool, wait: bool) -> Result<()> {
+/// The same with the virtual PCI driver.
+pub fn pci(link: &Link<'_>, load: bool, wait: bool) -> Result<()> {
     let (guest, nic) = (link.guest, link.nic);
     if load {
         guest.sh(&format!("{} true", busy(nic)))?;
