@@ -11,7 +11,7 @@ use std::{
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use crate::{Client, ClientError, LogPage, Reply, Request, Status, Target};
+use crate::{Client, ClientError, Fault, LogPage, Reply, Request, Status, Target};
 
 /// Control a running lab.
 #[derive(Debug, Args)]
@@ -104,6 +104,17 @@ enum Command {
         #[arg(default_value_t = 0)]
         nic: u32,
     },
+    /// Let something go wrong the next time it comes up.
+    Fault {
+        /// What.
+        fault: Fault,
+        /// Number of the NIC.
+        #[arg(default_value_t = 0)]
+        nic: u32,
+        /// How many times; 0 takes it back.
+        #[arg(long, default_value_t = 1)]
+        times: u32,
+    },
     /// Set the link of the synthetic NIC.
     NicLink {
         /// The state.
@@ -185,6 +196,7 @@ impl Command {
                 nic,
                 up: matches!(link, Link::Up),
             },
+            Self::Fault { fault, nic, times } => Request::Fault { nic, fault, times },
             Self::Service { duration, nic } => {
                 let duration =
                     Duration::try_from_secs_f64(duration).map_err(|_| CtlError::Duration)?;

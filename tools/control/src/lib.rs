@@ -94,6 +94,15 @@ pub enum Request {
         /// Up or down.
         up: bool,
     },
+    /// Lets something go wrong the next times it comes up.
+    Fault {
+        /// The NIC.
+        nic: u32,
+        /// What.
+        fault: Fault,
+        /// How many times; zero takes it back.
+        times: u32,
+    },
     /// Host servicing: takes the VFs away and gives them back after a while. Replies at the end.
     Service {
         /// One NIC, or all.
@@ -124,6 +133,36 @@ pub enum Target {
     Nic,
     /// The virtual PCI bus with the VF.
     Vf,
+}
+
+/// What can go wrong with a NIC or its VF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fault {
+    /// Synthetic NIC: the proposal of a version has no answer
+    NvspInitUnanswered,
+    /// Synthetic NIC: the receive buffer is refused
+    ReceiveBufferRefused,
+    /// Synthetic NIC: the send buffer is refused
+    SendBufferRefused,
+    /// Synthetic NIC: the initialisation of RNDIS has no answer
+    RndisInitUnanswered,
+    /// Synthetic NIC: the setting of an object has no answer
+    RndisSetUnanswered,
+    /// Synthetic NIC: the request for subchannels is refused
+    SubchannelsRefused,
+    /// Synthetic NIC: a subchannel cannot be opened
+    SubchannelOpenRefused,
+    /// Virtual PCI bus: the proposal of a version has no answer
+    PciVersionUnanswered,
+    /// Virtual PCI bus: the guest is not told which functions there are
+    PciRelationsUnsent,
+    /// Virtual PCI bus: the D0 entry has no answer
+    PciD0Unanswered,
+    /// Virtual PCI bus: the D0 entry is refused
+    PciD0Refused,
+    /// Virtual PCI bus: the resources assigned to a function are refused
+    PciResourcesRefused,
 }
 
 /// The answer to a request.
@@ -266,6 +305,9 @@ pub trait Lab: Send + Sync {
     /// See [`Request::NicLink`].
     fn set_nic_link(&self, nic: u32, up: bool) -> Result<(), String>;
 
+    /// See [`Request::Fault`].
+    fn fault(&self, nic: u32, fault: Fault, times: u32) -> Result<(), String>;
+
     /// Writes a line of what the control socket does into the message log.
     fn note(&self, event: &str);
 
@@ -294,6 +336,7 @@ pub fn execute(lab: &dyn Lab, request: &Request) -> Response {
         Request::Rescind { nic, device } => lab.rescind(nic, device),
         Request::Offer { nic, device } => lab.offer(nic, device),
         Request::NicLink { nic, up } => lab.set_nic_link(nic, up),
+        Request::Fault { nic, fault, times } => lab.fault(nic, fault, times),
         Request::Service { nic, duration_ms } => {
             service(lab, nic, Duration::from_millis(duration_ms))
         }

@@ -12,7 +12,8 @@ use std::{
 };
 
 use lab_control::{
-    Client, ClientError, Lab, LogPage, NicStatus, Reply, Request, Server, Status, Target, VfStatus,
+    Client, ClientError, Fault, Lab, LogPage, NicStatus, Reply, Request, Server, Status, Target,
+    VfStatus,
 };
 
 #[derive(Default)]
@@ -60,6 +61,10 @@ impl Lab for Recorder {
 
     fn set_nic_link(&self, nic: u32, up: bool) -> Result<(), String> {
         self.add(format!("nic-link {nic} {up}"))
+    }
+
+    fn fault(&self, nic: u32, fault: Fault, times: u32) -> Result<(), String> {
+        self.add(format!("fault {nic} {fault:?} {times}"))
     }
 
     fn note(&self, event: &str) {

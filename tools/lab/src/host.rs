@@ -11,7 +11,7 @@ use std::sync::{mpsc, Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use lab_control::{Lab, LogPage, Server, Status, Target};
+use lab_control::{Fault, Lab, LogPage, Server, Status, Target};
 use vmbus_host::{Counters, Direction, MessageLog, Platform, VmbusHost};
 use vmm::{Hypercalls, Machine, Stopper};
 use vpci::RetargetRouter;
@@ -215,6 +215,11 @@ impl Lab for Devices {
 
     fn set_nic_link(&self, nic: u32, up: bool) -> Result<(), String> {
         self.nic(nic)?.set_link(up);
+        Ok(())
+    }
+
+    fn fault(&self, nic: u32, fault: Fault, times: u32) -> Result<(), String> {
+        self.nic(nic)?.inject(fault, times);
         Ok(())
     }
 

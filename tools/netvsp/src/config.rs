@@ -73,6 +73,8 @@ pub enum FaultPoint {
     Rndis(rndis::MessageType),
     /// The answer to a query or set of an object.
     Object(ndis::Oid),
+    /// The opening of a subchannel.
+    SubchannelOpen,
 }
 
 /// What goes wrong with an answer.
@@ -86,6 +88,8 @@ pub enum FaultAction {
     Truncate(usize),
     /// It is sent twice.
     Duplicate,
+    /// The request is refused: that for a buffer or subchannels, and the opening of one.
+    Refuse,
 }
 
 /// A fault.

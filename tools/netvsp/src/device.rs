@@ -147,11 +147,27 @@ impl Shared {
         let mut faults = lock(&self.faults);
         let fault = faults
             .iter_mut()
-            .find(|fault| fault.times > 0 && points.contains(&fault.point))?;
+            .find(|fault| fault.action != FaultAction::Refuse && points.contains(&fault.point))?;
         fault.times -= 1;
         let action = fault.action;
         faults.retain(|fault| fault.times > 0);
         Some(action)
+    }
+
+    /// Whether a request shall be refused.
+    pub(crate) fn refuses(&self, channel: &str, point: FaultPoint) -> bool {
+        let mut faults = lock(&self.faults);
+        let Some(fault) = faults
+            .iter_mut()
+            .find(|fault| fault.action == FaultAction::Refuse && fault.point == point)
+        else {
+            return false;
+        };
+        fault.times -= 1;
+        faults.retain(|fault| fault.times > 0);
+        drop(faults);
+        self.record(Direction::Host, channel, "FAULT", "refuse");
+        true
     }
 
     /// Forgets the guest's driver.
@@ -343,9 +359,13 @@ impl Nic {
         self.shared.wake_primary();
     }
 
-    /// Lets an answer go wrong.
+    /// Lets an answer go wrong, instead of what was ordered for it before.
     pub fn inject(&self, fault: Fault) {
-        lock(&self.shared.faults).push(fault);
+        let mut faults = lock(&self.shared.faults);
+        faults.retain(|old| (old.point, old.action) != (fault.point, fault.action));
+        if fault.times > 0 {
+            faults.push(fault);
+        }
     }
 
     /// What has been negotiated.
@@ -371,6 +391,9 @@ impl Nic {
     pub(crate) fn open_transport(&self, transport: Arc<dyn Transport>) -> Result<(), String> {
         let index = transport.subchannel_index();
         let name = transport.name().to_owned();
+        if index != 0 && self.shared.refuses(&name, FaultPoint::SubchannelOpen) {
+            return Err("a fault was ordered".to_owned());
+        }
         if !self.shared.receive().open(transport.clone()) {
             return Err(format!("there is no subchannel {index}"));
         }

@@ -1538,6 +1538,11 @@ fn faults() {
     let first = guest.control(&buffer[..length]);
     let second = guest.wait("answer", |guest| guest.answers.pop_front());
     assert_eq!(first, second);
+
+    let subchannels = FaultPoint::Nvsp(MessageType::SUBCHANNEL);
+    inject(&guest, subchannels, FaultAction::Refuse);
+    assert_eq!(guest.subchannels(1), 0);
+    assert_eq!(guest.subchannels(1), 1);
 }
 
 #[test]

@@ -308,8 +308,16 @@ impl Worker {
                     Answer::Control(bytes) => Answer::Control(bytes.clone()),
                 });
             }
+            // Requests are refused before there is an answer.
+            Some(FaultAction::Refuse) => {}
         }
         self.send_answer(answer);
+    }
+
+    /// Whether this request shall be refused.
+    fn refuses(&self, request: MessageType) -> bool {
+        let channel = self.transport.name();
+        self.shared.refuses(channel, FaultPoint::Nvsp(request))
     }
 
     fn send_answer(&mut self, answer: Answer) {
@@ -448,7 +456,10 @@ impl Worker {
             Some(version) if version > Version::V2 => nvsp::MAX_RECEIVE_BUFFER,
             _ => nvsp::MAX_RECEIVE_BUFFER_LEGACY,
         };
-        let memory = self.transport.shared_memory(buffer.gpadl.get());
+        let memory = self
+            .transport
+            .shared_memory(buffer.gpadl.get())
+            .filter(|_| !self.refuses(MessageType::SEND_RECEIVE_BUFFER));
         let sections = memory.and_then(|memory| {
             let mut receive = self.shared.receive();
             // A page more than the limit: drivers round up to pages.
@@ -489,7 +500,8 @@ impl Worker {
             .filter(|memory| {
                 (u64::from(SEND_SECTION)..=u64::from(nvsp::MAX_SEND_BUFFER + PAGE_SIZE))
                     .contains(&memory.len())
-            });
+            })
+            .filter(|_| !self.refuses(MessageType::SEND_SEND_BUFFER));
         let status = match memory {
             Some(memory) => {
                 let tx = self.shared.tx.write();
@@ -520,7 +532,8 @@ impl Worker {
         let wanted = request.num_subchannels.get();
         let right = request.operation.get() == nvsp::SubchannelOperation::ALLOCATE.0
             && self.version() >= Version::V5
-            && wanted > 0;
+            && wanted > 0
+            && !self.refuses(MessageType::SUBCHANNEL);
         let granted = if right { wanted.min(most) } else { 0 };
         let status = if granted > 0 {
             nvsp::Status::SUCCESS

@@ -61,7 +61,7 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
-    fn status(status: Status) -> Self {
+    pub(crate) fn status(status: Status) -> Self {
         let mut payload = vec![0; 4];
         // The buffer has the size of a status.
         let _ = vpci::write_status(status, &mut payload);
@@ -108,6 +108,8 @@ pub struct BusCounters {
     pub d0_entries: Counter,
     /// Requests that were refused.
     pub refused: Counter,
+    /// Requests for which a fault was ordered.
+    pub faults: Counter,
     /// Interrupts.
     pub interrupts: InterruptCounters,
 }
@@ -121,6 +123,7 @@ impl BusCounters {
             mapped_bars: counter("mapped_bars"),
             d0_entries: counter("d0_entries"),
             refused: counter("refused"),
+            faults: counter("faults"),
             interrupts: InterruptCounters::new(counters, name),
         }
     }
@@ -481,6 +484,11 @@ impl Bus {
     pub fn refuse(&self) -> Outgoing {
         self.counters.refused.inc();
         Outgoing::status(Status::INFO_LENGTH_MISMATCH)
+    }
+
+    /// Notes that a request has met its fault.
+    pub(crate) fn count_fault(&self) {
+        self.counters.faults.inc();
     }
 
     fn slot(state: &State, number: SlotNumber) -> Result<Arc<Slot>, Status> {

@@ -13,13 +13,14 @@ use std::{
 };
 
 use hyperv_wire::vmbus::class;
-use hyperv_wire::vpci::{self, MessageType, Request, SlotNumber};
+use hyperv_wire::vpci::{self, MessageType, Request, SlotNumber, Status};
 use vmbus_host::{
     Channel, Device, Direction, MessageLog, Offer, OpenRefused, Packet, PacketKind, SendError,
 };
 
 use crate::{
     bus::{Bus, Outgoing},
+    faults::{FaultAction, Faults},
     function::PciFunction,
 };
 
@@ -43,6 +44,7 @@ pub struct VpciDevice {
     name: String,
     bus: Arc<Bus>,
     log: Arc<MessageLog>,
+    faults: Arc<Faults>,
     running: Mutex<Option<Running>>,
     rescinded: AtomicBool,
 }
@@ -53,11 +55,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl VpciDevice {
     /// The device of `bus`; `name` is for the log.
-    pub fn new(name: &str, bus: Arc<Bus>, log: Arc<MessageLog>) -> Arc<Self> {
+    pub fn new(name: &str, bus: Arc<Bus>, log: Arc<MessageLog>, faults: Arc<Faults>) -> Arc<Self> {
         Arc::new(Self {
             name: name.to_owned(),
             bus,
             log,
+            faults,
             running: Mutex::new(None),
             rescinded: AtomicBool::new(false),
         })
@@ -160,7 +163,7 @@ impl Session {
         }
     }
 
-    fn handle(&self, bus: &Bus, log: &MessageLog, packet: &Packet) {
+    fn handle(&self, bus: &Bus, log: &MessageLog, faults: &Faults, packet: &Packet) {
         let name = self.channel.name();
         if packet.kind != PacketKind::InBand {
             log.record(
@@ -171,12 +174,26 @@ impl Session {
             );
             return;
         }
-        let message = MessageType::parse(&packet.payload).ok();
-        let message = message.and_then(MessageType::name).unwrap_or("message");
+        let message_type = MessageType::parse(&packet.payload).ok();
+        let message = message_type
+            .and_then(MessageType::name)
+            .unwrap_or("message");
         let replies = match Request::parse(&packet.payload) {
             Ok(request) => {
                 log.record(Direction::GuestToHost, name, message, Fields(&request));
-                bus.handle(&request)
+                match message_type.and_then(|request| faults.take(request)) {
+                    None => bus.handle(&request),
+                    Some(action) => {
+                        log.record(Direction::Host, name, "FAULT", format_args!("{action:?}"));
+                        bus.count_fault();
+                        match action {
+                            FaultAction::Mute => return,
+                            FaultAction::Refuse => {
+                                vec![Outgoing::status(Status::INVALID_DEVICE_STATE)]
+                            }
+                        }
+                    }
+                }
             }
             Err(error) => {
                 log.record(Direction::GuestToHost, name, message, error);
@@ -193,12 +210,12 @@ impl Session {
         }
     }
 
-    fn run(&self, bus: &Bus, log: &MessageLog) {
+    fn run(&self, bus: &Bus, log: &MessageLog, faults: &Faults) {
         loop {
             loop {
                 match self.channel.recv() {
                     Ok(Some(packet)) => {
-                        self.handle(bus, log, &packet);
+                        self.handle(bus, log, faults, &packet);
                         self.flush(log);
                     }
                     Ok(None) => break,
@@ -289,9 +306,10 @@ impl Device for VpciDevice {
             outbox: Mutex::new(VecDeque::new()),
         });
         let (bus, log, worker_session) = (self.bus.clone(), self.log.clone(), session.clone());
+        let faults = self.faults.clone();
         let worker = thread::Builder::new()
             .name(self.name.clone())
-            .spawn(move || worker_session.run(&bus, &log))
+            .spawn(move || worker_session.run(&bus, &log, &faults))
             .map_err(|e| OpenRefused(format!("worker: {e}")))?;
         *lock(&self.running) = Some(Running { session, worker });
         Ok(())

@@ -11,6 +11,7 @@
 mod bus;
 mod config;
 mod device;
+mod faults;
 mod function;
 mod interrupts;
 mod msi;
@@ -25,6 +26,10 @@ pub use bus::{
     RetargetRouter, //
 };
 pub use device::VpciDevice;
+pub use faults::{
+    FaultAction,
+    Faults, //
+};
 pub use function::{
     Bar,
     Description,

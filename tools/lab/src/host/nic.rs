@@ -8,13 +8,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hyperv_wire::{nvsp, vpci::SlotNumber};
-use lab_control::{DataPath, NicStatus, VfStatus};
+use hyperv_wire::{
+    nvsp, rndis,
+    vpci::{self as wire_vpci, SlotNumber},
+};
+use lab_control::{DataPath, Fault, NicStatus, VfStatus};
 use mana::{ManaVf, VfOptions};
-use netvsp::{Nic, SwitchPort, Uplink};
+use netvsp::{FaultAction, FaultPoint, Nic, SwitchPort, Uplink};
 use vmbus_host::{Counters, Direction, Guid, MessageLog, Platform, VmbusHost};
 use vmm::Machine;
-use vpci::{Bus, BusCounters, BusOptions, RetargetRouter, VpciDevice};
+use vpci::{Bus, BusCounters, BusOptions, Faults, RetargetRouter, VpciDevice};
 
 use super::options::{nvsp_name, vpci_name, HostArgs, Spec, Vf as VfWish};
 use super::Devices;
@@ -74,6 +77,7 @@ struct BusMaker {
     machine: Arc<Machine>,
     retarget: Arc<RetargetRouter>,
     counters: BusCounters,
+    faults: Arc<Faults>,
     name: String,
 }
 
@@ -162,6 +166,7 @@ impl LabNic {
                 machine: machine.clone(),
                 retarget: devices.retarget.clone(),
                 counters: BusCounters::new(&devices.counters, &bus_name),
+                faults: Arc::default(),
                 name: bus_name,
             },
             bus_host: devices.bus.clone(),
@@ -287,7 +292,12 @@ impl LabNic {
         if vf.link_down {
             function.set_link(false);
         }
-        let device = VpciDevice::new(&self.bus.name, self.bus.make(), self.log.clone());
+        let device = VpciDevice::new(
+            &self.bus.name,
+            self.bus.make(),
+            self.log.clone(),
+            self.bus.faults.clone(),
+        );
         if !device.add_function(slot(), self.serial, None, function.clone()) {
             return Err(format!("{}: the slot is taken", self.bus.name));
         }
@@ -354,6 +364,44 @@ impl LabNic {
             vf.function.set_link(up);
         }
         Ok(())
+    }
+
+    /// Lets something go wrong the next times it comes up.
+    pub(super) fn inject(&self, fault: Fault, times: u32) {
+        use nvsp::MessageType as Nvsp;
+        use wire_vpci::MessageType as Pci;
+        let nic = |point, action| {
+            self.nic.inject(netvsp::Fault {
+                point,
+                action,
+                times,
+            });
+        };
+        let (mute, refuse) = (FaultAction::Mute, FaultAction::Refuse);
+        let bus = |request, action| self.bus.faults.inject(request, action, times);
+        let (bus_mute, bus_refuse) = (vpci::FaultAction::Mute, vpci::FaultAction::Refuse);
+        match fault {
+            Fault::NvspInitUnanswered => nic(FaultPoint::Nvsp(Nvsp::INIT), mute),
+            Fault::ReceiveBufferRefused => {
+                nic(FaultPoint::Nvsp(Nvsp::SEND_RECEIVE_BUFFER), refuse);
+            }
+            Fault::SendBufferRefused => nic(FaultPoint::Nvsp(Nvsp::SEND_SEND_BUFFER), refuse),
+            Fault::RndisInitUnanswered => {
+                nic(FaultPoint::Rndis(rndis::MessageType::INITIALIZE), mute);
+            }
+            Fault::RndisSetUnanswered => nic(FaultPoint::Rndis(rndis::MessageType::SET), mute),
+            Fault::SubchannelsRefused => nic(FaultPoint::Nvsp(Nvsp::SUBCHANNEL), refuse),
+            Fault::SubchannelOpenRefused => nic(FaultPoint::SubchannelOpen, refuse),
+            Fault::PciVersionUnanswered => bus(Pci::QUERY_PROTOCOL_VERSION, bus_mute),
+            Fault::PciRelationsUnsent => bus(Pci::QUERY_BUS_RELATIONS, bus_mute),
+            Fault::PciD0Unanswered => bus(Pci::BUS_D0_ENTRY, bus_mute),
+            Fault::PciD0Refused => bus(Pci::BUS_D0_ENTRY, bus_refuse),
+            // Which of the two it is depends on the version.
+            Fault::PciResourcesRefused => {
+                bus(Pci::RESOURCES_ASSIGNED, bus_refuse);
+                bus(Pci::RESOURCES_ASSIGNED2, bus_refuse);
+            }
+        }
     }
 
     /// Lets the VF ask its driver to reset it.
