@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 mod channels;
 pub mod demo;
 mod ending;
+mod faults;
 mod flaps;
 mod four_nics;
 mod guest;
@@ -114,7 +115,7 @@ struct Scenario {
 }
 
 /// In the order of their numbers, which start at 1.
-const SCENARIOS: [Scenario; 9] = [
+const SCENARIOS: [Scenario; 10] = [
     Scenario {
         name: "one-nic",
         title: "one NIC, no VF: addresses, traffic, VLAN, MTU, frames of all sizes",
@@ -159,6 +160,11 @@ const SCENARIOS: [Scenario; 9] = [
         name: "channels",
         title: "two processors: subchannels, queues and their interrupts",
         run: channels::run,
+    },
+    Scenario {
+        name: "faults",
+        title: "a host that does not answer, or refuses what it should not",
+        run: faults::run,
     },
 ];
 

@@ -36,11 +36,8 @@ pub fn check(context: &mut Context<'_>, guest: &Guest) {
         ensure(alarms.is_empty(), || alarms.join("\n"))
     });
     context.check("no driver has logged an error", || {
-        let command = format!(
-            "dmesg -t -l emerg,alert,crit,err | grep -E '{PARTS}' | grep -vE '{REFUSAL}' || true"
-        );
-        let errors = guest.sh(&command)?;
-        ensure(errors.is_empty(), || errors)
+        let errors = errors(guest)?;
+        ensure(errors.is_empty(), || errors.join("\n"))
     });
     let drivers = guest.drivers();
     context.check("the kernel is tainted by own modules at most", || {
@@ -60,6 +57,16 @@ pub fn check(context: &mut Context<'_>, guest: &Guest) {
             .collect();
         ensure(errors.is_empty(), || errors.join("\n"))
     });
+}
+
+/// The errors that drivers have logged and that the scenario has not accounted for.
+pub fn errors(guest: &Guest) -> Result<Vec<String>> {
+    let command = format!(
+        "dmesg -t -l emerg,alert,crit,err | grep -E '{PARTS}' | grep -vE '{REFUSAL}' || true"
+    );
+    let errors = guest.sh(&command)?;
+    let new = errors.lines().skip(guest.accounted());
+    Ok(new.map(str::to_owned).collect())
 }
 
 /// Takes all drivers of devices of the host away.

@@ -6,6 +6,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -159,6 +160,7 @@ pub struct Guest {
     pub folder: PathBuf,
     drivers: Drivers,
     peers: Vec<Child>,
+    accounted: AtomicUsize,
 }
 
 /// Where the runner finds things.
@@ -265,6 +267,7 @@ impl Guest {
                 folder: folder.to_owned(),
                 drivers,
                 peers: Vec::new(),
+                accounted: AtomicUsize::new(0),
             }),
             Err(error) => {
                 // A VMM that is about to end says why.
@@ -291,6 +294,16 @@ impl Guest {
     /// Which drivers it runs.
     pub fn drivers(&self) -> Drivers {
         self.drivers
+    }
+
+    /// How many of the errors in the kernel's log the scenario wanted to see.
+    pub fn accounted(&self) -> usize {
+        self.accounted.load(Ordering::Relaxed)
+    }
+
+    /// The next so many errors in the kernel's log were wanted.
+    pub fn account(&self, errors: usize) {
+        self.accounted.fetch_add(errors, Ordering::Relaxed);
     }
 
     /// Runs a command, whatever it returns.

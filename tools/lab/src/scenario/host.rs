@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use lab_control::{Client, DataPath, NicStatus, Reply, Request, Status};
+use lab_control::{Client, DataPath, Fault, NicStatus, Reply, Request, Status, Target};
 
 use super::guest::Nic;
 use super::Result;
@@ -95,6 +95,25 @@ impl Host {
     pub fn nic_link(&self, nic: &Nic, up: bool) -> Result<()> {
         let nic = self.number(nic)?;
         self.request(&Request::NicLink { nic, up }).map(drop)
+    }
+
+    /// Lets something go wrong the next times it comes up.
+    pub fn fault(&self, nic: &Nic, fault: Fault, times: u32) -> Result<()> {
+        let nic = self.number(nic)?;
+        self.request(&Request::Fault { nic, fault, times })
+            .map(drop)
+    }
+
+    /// Takes the VF's bus away without warning.
+    pub fn rescind_vf(&self, nic: &Nic) -> Result<()> {
+        let (nic, device) = (self.number(nic)?, Target::Vf);
+        self.request(&Request::Rescind { nic, device }).map(drop)
+    }
+
+    /// Offers the VF's bus again.
+    pub fn offer_vf(&self, nic: &Nic) -> Result<()> {
+        let (nic, device) = (self.number(nic)?, Target::Vf);
+        self.request(&Request::Offer { nic, device }).map(drop)
     }
 
     /// Starts a servicing that takes the VF away for a while; ends with it.
