@@ -11,7 +11,7 @@ out=$1
 root=$("$top/scripts/build-root.sh")
 target=$(cargo_target "$root")
 mkdir -p "$out" "$target"
-# Another checkout may use the same folder.
+# Another run may use the same folder.
 exec 9>"$target/.lock"
 flock 9
 CARGO_TARGET_DIR=$target "$top/scripts/in-root.sh" \

@@ -56,8 +56,9 @@ key() {
 }
 
 # cargo_target ROOT: the folder for what cargo builds with the compiler in this build root.
+# Each checkout has its own: cargo does not tell the same crate of two checkouts apart.
 cargo_target() {
-	printf '%s/cargo-target-%s' "$cache" "$(key "$1/etc/hyperv-rust-toolchain" </dev/null)"
+	printf '%s/cargo-target-%s' "$cache" "$(key "$1/etc/hyperv-rust-toolchain" <<<"$top")"
 }
 
 # with_lock NAME: holds the lock until the script ends.
