@@ -12,6 +12,8 @@ set -euo pipefail
 top=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 # Downloads and everything slow to build live here, outside the checkout.
 cache=${HYPERV_RUST_CACHE:-/var/cache/hyperv-rust}
+# Without it bash goes on after Ctrl-C when what it waits for ends by itself just then.
+trap 'exit 130' INT
 
 say() {
 	printf '== %s\n' "$*" >&2
@@ -93,7 +95,8 @@ step() {
 		fi
 	done
 	wait $pid || status=$?
-	trap - INT TERM
+	trap 'exit 130' INT
+	trap - TERM
 	if [ $status -ne 0 ]; then
 		tail -n 40 "$log" >&2
 		die "failed: $title (exit status $status)" "the full log is $log"
