@@ -11,7 +11,7 @@ use std::{
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use crate::{Client, ClientError, Fault, LogPage, Reply, Request, Status, Target};
+use crate::{Client, ClientError, Fault, LogPage, Reply, Request, Status, Target, MAX_SERVICE};
 
 /// Control a running lab.
 #[derive(Debug, Args)]
@@ -126,11 +126,20 @@ enum Command {
     /// Host servicing: take the VF away and give it back.
     Service {
         /// Seconds that the VF is gone.
-        #[arg(long, default_value_t = 3.0)]
+        #[arg(long, default_value_t = 3.0, allow_negative_numbers = true)]
         duration: f64,
         /// Only this NIC.
         #[arg(long)]
         nic: Option<u32>,
+    },
+    /// Run a command at the other end of a NIC's wire, such as: ping -c 3 10.0.0.2
+    Peer {
+        /// Number of the NIC.
+        #[arg(long, default_value_t = 0)]
+        nic: u32,
+        /// The command for a shell there; it may take 100 seconds.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
     },
     /// Print the message log.
     Log {
@@ -156,6 +165,17 @@ enum Command {
 /// Why the command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CtlError {
+    /// Nobody there.
+    #[error(
+        "{}: {error}: no lab listens there; start one (make lab), or name its socket with --socket",
+        socket.display()
+    )]
+    NoLab {
+        /// Where it was looked for.
+        socket: PathBuf,
+        /// What was found.
+        error: ClientError,
+    },
     /// The request.
     #[error("{}: {error}", socket.display())]
     Request {
@@ -178,6 +198,10 @@ pub enum CtlError {
 impl Command {
     fn request(&self) -> Result<Request, CtlError> {
         Ok(match *self {
+            Self::Peer { nic, ref command } => Request::Peer {
+                nic,
+                run: command.join(" "),
+            },
             Self::AddVf { nic } => Request::AddVf { nic },
             Self::RemoveVf { nic } => Request::RemoveVf { nic },
             Self::VfLink { link, nic } => Request::VfLink {
@@ -198,12 +222,13 @@ impl Command {
             },
             Self::Fault { fault, nic, times } => Request::Fault { nic, fault, times },
             Self::Service { duration, nic } => {
-                let duration =
-                    Duration::try_from_secs_f64(duration).map_err(|_| CtlError::Duration)?;
+                let duration = Duration::try_from_secs_f64(duration)
+                    .ok()
+                    .filter(|duration| *duration <= MAX_SERVICE)
+                    .ok_or(CtlError::Duration)?;
                 Request::Service {
                     nic,
-                    duration_ms: u64::try_from(duration.as_millis())
-                        .map_err(|_| CtlError::Duration)?,
+                    duration_ms: duration.as_millis() as u64,
                 }
             }
             Self::Log { since, .. } => Request::Log { since },
@@ -221,9 +246,14 @@ impl Ctl {
             socket: self.socket.clone(),
             error,
         };
-        let mut client =
-            Client::connect(&self.socket, Duration::from_secs(self.wait)).map_err(failed)?;
         let mut request = self.command.request()?;
+        let mut client =
+            Client::connect(&self.socket, Duration::from_secs(self.wait)).map_err(|error| {
+                CtlError::NoLab {
+                    socket: self.socket.clone(),
+                    error,
+                }
+            })?;
         let mut out = io::stdout().lock();
         loop {
             let reply = client.request(&request).map_err(failed)?;
@@ -255,6 +285,7 @@ impl Ctl {
     fn print(&self, out: &mut impl Write, reply: &Reply) -> io::Result<()> {
         match reply {
             Reply::Done => Ok(()),
+            Reply::Output(text) => write!(out, "{text}"),
             Reply::Log(page) => print_log(out, page),
             Reply::Counters(counters) => {
                 let pattern = match &self.command {

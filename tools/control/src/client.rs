@@ -19,7 +19,7 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(120);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The lab cannot be reached, or no longer.
-    #[error("lab does not answer: {0}")]
+    #[error("{0}")]
     Io(#[from] io::Error),
     /// The reply makes no sense.
     #[error("bad reply: {0}")]
@@ -67,7 +67,8 @@ impl Client {
 
         let mut line = Vec::new();
         if self.stream.read_until(b'\n', &mut line)? == 0 {
-            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            let ended = io::Error::new(io::ErrorKind::UnexpectedEof, "the lab has ended");
+            return Err(ended.into());
         }
         match serde_json::from_slice(&line)? {
             Response::Ok(reply) => Ok(reply),

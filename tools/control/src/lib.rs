@@ -111,6 +111,13 @@ pub enum Request {
         /// How long the VFs are gone.
         duration_ms: u64,
     },
+    /// Runs a shell command in the network namespace of a NIC's peer. Replies at its end.
+    Peer {
+        /// The NIC.
+        nic: u32,
+        /// The command.
+        run: String,
+    },
     /// Reads the message log.
     Log {
         /// Sequence number of the first line; zero is the first line ever.
@@ -181,6 +188,8 @@ pub enum Response {
 pub enum Reply {
     /// Nothing to tell.
     Done,
+    /// What a command printed.
+    Output(String),
     /// A part of the message log.
     Log(LogPage),
     /// Counters by name.
@@ -311,6 +320,9 @@ pub trait Lab: Send + Sync {
     /// Writes a line of what the control socket does into the message log.
     fn note(&self, event: &str);
 
+    /// See [`Request::Peer`]. Gives what the command printed.
+    fn run_at_peer(&self, nic: u32, command: &str) -> Result<String, String>;
+
     /// See [`Request::Log`].
     fn log(&self, since: u64, max_lines: usize) -> LogPage;
 
@@ -339,6 +351,12 @@ pub fn execute(lab: &dyn Lab, request: &Request) -> Response {
         Request::Fault { nic, fault, times } => lab.fault(nic, fault, times),
         Request::Service { nic, duration_ms } => {
             service(lab, nic, Duration::from_millis(duration_ms))
+        }
+        Request::Peer { nic, ref run } => {
+            return match lab.run_at_peer(nic, run) {
+                Ok(output) => Response::Ok(Reply::Output(output)),
+                Err(error) => Response::Error(error),
+            }
         }
         Request::Log { since } => return Response::Ok(Reply::Log(lab.log(since, MAX_LOG_LINES))),
         Request::Counters => return Response::Ok(Reply::Counters(lab.counters())),

@@ -72,6 +72,10 @@ impl Lab for Recorder {
         self.0.lock().unwrap().push(word.to_owned());
     }
 
+    fn run_at_peer(&self, nic: u32, command: &str) -> Result<String, String> {
+        Ok(format!("{nic}: {command}"))
+    }
+
     fn log(&self, since: u64, _max_lines: usize) -> LogPage {
         LogPage {
             lines: vec![format!("line {since}")],
@@ -169,6 +173,15 @@ fn requests_reach_the_lab() {
     assert_eq!(
         client.request(&Request::Status).unwrap(),
         Reply::Status(lab.status())
+    );
+    assert_eq!(
+        client
+            .request(&Request::Peer {
+                nic: 4,
+                run: "ping".into()
+            })
+            .unwrap(),
+        Reply::Output("4: ping".into())
     );
     for (request, error) in [
         (Request::Eject { nic: 5 }, "NIC 5 has no VF"),

@@ -16,6 +16,7 @@ use vmbus_host::{Counters, Direction, MessageLog, Platform, VmbusHost};
 use vmm::{Hypercalls, Machine, Stopper};
 use vpci::RetargetRouter;
 
+pub use nic::peer_name;
 use nic::LabNic;
 pub use options::HostArgs;
 
@@ -226,6 +227,10 @@ impl Lab for Devices {
     fn note(&self, event: &str) {
         let (name, fields) = event.split_once(' ').unwrap_or((event, ""));
         self.log.record(Direction::Host, "control", name, fields);
+    }
+
+    fn run_at_peer(&self, nic: u32, command: &str) -> Result<String, String> {
+        self.nic(nic)?.run_at_peer(command)
     }
 
     fn log(&self, since: u64, max_lines: usize) -> LogPage {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A NIC with its switch port, its peer's network namespace, and its VF.
 
-use std::path::PathBuf;
-use std::process::Command;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -39,6 +40,10 @@ const VF_SPEED: u32 = 100_000;
 const MAC: [u8; 6] = [0x00, 0x0d, 0x3a, 0xf5, 0x76, 0x00];
 /// The tap in the peer's network namespace.
 const TAP: &str = "peer";
+/// Where network namespaces have their names.
+const NAMESPACES: &str = "/run/netns";
+/// What a command in the peer's namespace may take.
+const PEER_COMMAND: Duration = Duration::from_secs(100);
 
 /// A NIC.
 pub struct LabNic {
@@ -459,6 +464,11 @@ impl LabNic {
         }
     }
 
+    /// Runs a shell command in the namespace of the peer.
+    pub(super) fn run_at_peer(&self, command: &str) -> Result<String, String> {
+        self.peer.run(command)
+    }
+
     fn interrupts(&self) -> u64 {
         self.counters
             .counter(&format!("{}.interrupts.live", self.bus.name))
@@ -479,6 +489,29 @@ struct Peer {
     index: usize,
 }
 
+/// The name of a peer's namespace, unlike that of any other lab on this machine.
+pub fn peer_name(pid: u32, index: usize) -> String {
+    format!("hvlab{pid}-{index}")
+}
+
+/// Deletes what labs that were killed have left behind.
+fn remove_stale_peers() {
+    let entries = fs::read_dir(NAMESPACES).into_iter().flatten().flatten();
+    for name in entries.filter_map(|entry| entry.file_name().into_string().ok()) {
+        if peer_pid(&name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            // Another lab may be doing the same.
+            let _ = ip(&["netns", "delete", &name]);
+        }
+    }
+}
+
+/// Whose a namespace is, if it is a lab's.
+fn peer_pid(name: &str) -> Option<u32> {
+    let (pid, index) = name.strip_prefix("hvlab")?.split_once('-')?;
+    index.parse::<usize>().ok()?;
+    pid.parse().ok()
+}
+
 fn ip(args: &[&str]) -> Result<(), String> {
     let output = Command::new("ip")
         .args(args)
@@ -494,17 +527,35 @@ fn ip(args: &[&str]) -> Result<(), String> {
 impl Peer {
     fn new(index: usize) -> Result<Self, String> {
         let peer = Self {
-            name: format!("hvlab{index}"),
+            name: peer_name(std::process::id(), index),
             index,
         };
-        // One that a killed lab has left behind; there usually is none.
-        let _ = ip(&["netns", "delete", &peer.name]);
+        remove_stale_peers();
         ip(&["netns", "add", &peer.name])?;
         Ok(peer)
     }
 
     fn path(&self) -> PathBuf {
-        PathBuf::from("/run/netns").join(&self.name)
+        Path::new(NAMESPACES).join(&self.name)
+    }
+
+    /// Runs a shell command there and gives what it prints.
+    fn run(&self, command: &str) -> Result<String, String> {
+        let script = "exec 2>&1; exec timeout \"$1\" sh -c \"$2\"";
+        let seconds = PEER_COMMAND.as_secs().to_string();
+        let output = Command::new("ip")
+            .args(["netns", "exec", &self.name, "sh", "-c", script, "sh"])
+            .args([&seconds, command])
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|error| format!("ip: {error}"))?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        match output.status.code() {
+            Some(0) => Ok(text),
+            // What coreutils' and busybox's timeout end with.
+            Some(124 | 143) => Err(format!("{text}(ended after {seconds} s)")),
+            _ => Err(format!("{text}({})", output.status)),
+        }
     }
 
     /// Gives the tap its addresses.
@@ -528,5 +579,20 @@ impl Drop for Peer {
     fn drop(&mut self) {
         // It may have been deleted by hand.
         let _ = ip(&["netns", "delete", &self.name]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn namespaces_tell_whose_they_are() {
+        assert_eq!(peer_pid(&peer_name(4711, 3)), Some(4711));
+        for name in [
+            "hvlab", "hvlab0", "hvlab-0", "hvlab1-", "hvlab1-x", "other1-0",
+        ] {
+            assert_eq!(peer_pid(name), None, "{name}");
+        }
     }
 }

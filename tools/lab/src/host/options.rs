@@ -13,8 +13,8 @@ pub struct HostArgs {
     /// A NIC: KEY=VALUE,… of mac, instance, serial, index, channels, vf=mana|later|none, bus, queues; or `none`
     ///
     /// `mac`: address; `instance`: GUID, made of the address if not given; `serial`: pairs the NIC with its VF; `index`:
-    /// its peer is in the network namespace hvlab<index>; `channels`: most channels; `vf`: whether it has a VF at
-    /// boot; `bus`: instance GUID of the VF's bus, whose third word becomes the PCI domain; `queues`: of the VF.
+    /// its peer is in the network namespace hvlab<PID>-<index>; `channels`: most channels; `vf`: whether it has a VF
+    /// at boot; `bus`: instance GUID of the VF's bus, whose third word becomes the PCI domain; `queues`: of the VF.
     /// Repeat the option for more NICs. Without it there is one NIC with a VF.
     #[arg(long = "nic", value_name = "SPEC")]
     nics: Vec<NicOption>,

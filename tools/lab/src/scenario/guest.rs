@@ -16,6 +16,7 @@ use lab_agent::protocol::Exit;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::host::peer_name;
 use crate::run::Files;
 
 use super::host::Host;
@@ -105,11 +106,6 @@ impl Nic {
     /// The peer's IPv6 address.
     pub fn peer_v6(&self) -> String {
         format!("fd00:{}::1", self.index)
-    }
-
-    /// The peer's network namespace.
-    pub fn namespace(&self) -> String {
-        format!("hvlab{}", self.index)
     }
 }
 
@@ -377,7 +373,7 @@ impl Guest {
     /// A command in the namespace of a NIC's peer.
     pub fn peer_command(&self, lab: &Lab, nic: &Nic) -> Command {
         let mut command = Command::new(&lab.agent);
-        command.args(["--netns", &nic.namespace()]);
+        command.args(["--netns", &peer_name(self.process.id(), nic.index)]);
         command
     }
 
