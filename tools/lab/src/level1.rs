@@ -22,6 +22,7 @@ use thiserror::Error;
 
 use crate::cpio::Archive;
 use crate::signals;
+use crate::terminal::Keyboard;
 
 /// Processor of level 1: AMD's virtualization, no XSAVE (inconsistent for nested guests under emulation).
 const CPU: &str = "Opteron_G3,-misalignsse,+svm,+npt,+x2apic";
@@ -285,8 +286,14 @@ impl Launch {
         let dir = scratch.0.as_path();
         let _on_signal = signals::clean_up_by({
             let dir = dir.to_owned();
+            let sockets: Vec<_> = self.sockets.iter().map(|(here, _)| here.clone()).collect();
             // What is left of it if this fails does no harm.
-            move || drop(fs::remove_dir_all(dir))
+            move || {
+                let _ = fs::remove_dir_all(dir);
+                for socket in sockets {
+                    let _ = fs::remove_file(socket);
+                }
+            }
         });
         let initrd = dir.join("initrd");
         File::create(&initrd)
@@ -348,7 +355,7 @@ impl Launch {
         thread::spawn(move || {
             if let Ok((mut stream, _)) = stdin.accept() {
                 if with_stdin {
-                    let _ = io::copy(&mut io::stdin(), &mut stream);
+                    let _ = io::copy(&mut Keyboard::new(), &mut stream);
                 }
                 // The end of our input is not the end of the command: keep the port open.
                 loop {
@@ -403,8 +410,9 @@ impl Launch {
             let console = text;
             let console = String::from_utf8_lossy(&console);
             let lines: Vec<_> = console.lines().collect();
+            let status = qemu.0.try_wait().ok().flatten();
             return Err(Level1Error::Died {
-                status: ended.map_or("no status".into(), |(status, _)| status.to_string()),
+                status: status.map_or("no status".into(), |status| status.to_string()),
                 console: lines[lines.len().saturating_sub(40)..].join("\n"),
             });
         };

@@ -8,7 +8,9 @@ mod run;
 mod scenario;
 mod shell;
 mod signals;
+mod terminal;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 /// A Hyper-V-compatible host on KVM, to try network drivers of Azure guests without Azure.
@@ -57,7 +59,13 @@ fn main() {
         eprintln!("hvlab: {error}");
         std::process::exit(1);
     }
-    let result = match Cli::parse().command {
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        if error.kind() == ErrorKind::MissingRequiredArgument {
+            eprintln!("hvlab: make lab, make demo, make test and scripts/lab.sh give kernel, image and modules");
+        }
+        error.exit()
+    });
+    let result = match cli.command {
         Command::Run(args) if usable_kvm() => run::run(&args),
         Command::Run(args) => run::run_in_level1(&args),
         Command::Test(options) => {
@@ -71,16 +79,16 @@ fn main() {
                 .map(|passed| i32::from(!passed))
                 .map_err(|error| error.to_string())
         }
-        Command::Lab(options) => options
-            .side_by_side()
-            .and_then(|()| options.guest())
-            .and_then(|args| {
-                if usable_kvm() {
-                    run::run(&args)
-                } else {
-                    run::run_in_level1(&args)
-                }
-            }),
+        Command::Lab(options) => options.guest().and_then(|args| {
+            args.check()?;
+            if options.side_by_side()? {
+                Ok(0)
+            } else if usable_kvm() {
+                run::run(&args)
+            } else {
+                run::run_in_level1(&args)
+            }
+        }),
         Command::Demo(options) => {
             let code = if usable_kvm() {
                 scenario::demo::run(&options).map(|()| 0)

@@ -2,9 +2,11 @@
 //! `hvlab run`: boots one guest.
 
 use std::fs::{self, File};
-use std::io::{self, IsTerminal};
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use clap::{Args as ClapArgs, ValueEnum};
 use vmm::{Config, Console, ExitReason, Vm};
@@ -13,6 +15,7 @@ use crate::cpio::Archive;
 use crate::host::{Host, HostArgs};
 use crate::level1::Launch;
 use crate::signals;
+use crate::terminal::{Keyboard, RawTerminal};
 
 /// Where level 1 has what we brought along.
 const LEVEL1_KERNEL: &str = "/lab/kernel";
@@ -26,6 +29,8 @@ const LEVEL1_AGENT: &str = "/run/agent";
 /// Beyond the guest's memory: level 1's kernel, its initramfs, this program and its buffers.
 const LEVEL1_OVERHEAD: u32 = 640;
 
+/// Our drivers.
+const MODULES: [&str; 2] = ["hv_netvsc.ko", "hv_pci.ko"];
 /// Kernel arguments of every guest.
 const CMDLINE: &str = "console=ttyS0 panic=-1 tsc=reliable";
 /// Keeps the built-in hv_pci from registering its name.
@@ -116,7 +121,42 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> String + '_ {
     move |error| format!("{}: {error}", path.display())
 }
 
+impl Files {
+    /// Says what is missing, and where it comes from, before anything is started.
+    pub fn check(&self, own_drivers: bool) -> Result<()> {
+        for (what, path) in [("kernel", &self.kernel), ("image", &self.image)] {
+            File::open(path).map_err(|error| {
+                let path = path.display();
+                format!("{what} {path}: {error} (scripts/lab.sh makes it and names it to hvlab)")
+            })?;
+        }
+        kernel_release(&self.kernel)?;
+        if own_drivers {
+            let dir = self.modules.as_ref().ok_or(
+                "our drivers need --modules=DIR, the folder with hv_netvsc.ko and hv_pci.ko (make builds them)",
+            )?;
+            for path in MODULES.map(|name| dir.join(name)) {
+                File::open(&path)
+                    .map_err(|error| format!("{}: {error} (make builds it)", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Args {
+    /// Says what would go wrong later.
+    pub fn check(&self) -> Result<()> {
+        self.files.check(self.drivers == Drivers::Rust)?;
+        match &self.control {
+            Some(path) if UnixStream::connect(path).is_ok() => Err(format!(
+                "{}: another lab listens there; end it (hvlab ctl quit), or give this one another socket (--control)",
+                path.display()
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// The same command line for level 1, and what it needs there.
     pub fn level1(&self) -> Launch {
         let mut args = vec![
@@ -191,12 +231,9 @@ impl Args {
                     .map_err(file_error(&agent))?;
             }
         }
-        if self.drivers == Drivers::Rust {
-            let dir = self.files.modules.as_ref().ok_or(
-                "--drivers=rust needs --modules=DIR with hv_netvsc.ko and hv_pci.ko (run make first)",
-            )?;
+        if let (Some(dir), Drivers::Rust) = (&self.files.modules, self.drivers) {
             let release = kernel_release(&self.files.kernel)?;
-            for name in ["hv_netvsc.ko", "hv_pci.ko"] {
+            for name in MODULES {
                 let path = dir.join(name);
                 archive
                     .copy(&format!("usr/lib/modules/{release}/updates/{name}"), &path)
@@ -257,52 +294,17 @@ fn kernel_release(kernel: &Path) -> Result<String> {
     }
 }
 
-/// The terminal in raw mode, until dropped.
-struct RawTerminal {
-    saved: libc::termios,
-    _on_signal: signals::Registered,
-}
-
-impl RawTerminal {
-    fn new() -> Option<Self> {
-        use vmm_sys_util::terminal::Terminal;
-        let stdin = io::stdin();
-        if !stdin.is_terminal() {
-            return None;
-        }
-        let lock = stdin.lock();
-        // SAFETY: an all-zero termios is a valid value of this plain structure.
-        #[expect(unsafe_code)]
-        let mut saved: libc::termios = unsafe { std::mem::zeroed() };
-        // SAFETY: the pointer is to a termios of ours that lives through the call.
-        #[expect(unsafe_code)]
-        let got = unsafe { libc::tcgetattr(libc::STDIN_FILENO, &mut saved) };
-        if got != 0 || lock.set_raw_mode().is_err() {
-            return None;
-        }
-        Some(Self {
-            saved,
-            _on_signal: signals::clean_up_by(move || restore(&saved)),
-        })
-    }
-}
-
-fn restore(saved: &libc::termios) {
-    // SAFETY: the pointer is to a termios of ours that lives through the call.
-    #[expect(unsafe_code)]
-    unsafe {
-        libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, saved);
-    }
-}
-
-impl Drop for RawTerminal {
-    fn drop(&mut self) {
-        restore(&self.saved);
-    }
+/// Standard input in a form that the console can wait for.
+fn keyboard() -> io::Result<File> {
+    let (reader, mut writer) = UnixStream::pair()?;
+    // It ends with the program.
+    thread::spawn(move || io::copy(&mut Keyboard::new(), &mut writer));
+    Ok(OwnedFd::from(reader).into())
 }
 
 /// Boots a guest here. Gives the exit status.
 pub fn run(args: &Args) -> Result<i32> {
+    args.check()?;
     let overlay = args.overlay()?;
     let overlay_file = std::env::temp_dir().join(format!("hvlab-overlay-{}", std::process::id()));
     fs::write(&overlay_file, overlay).map_err(file_error(&overlay_file))?;
@@ -318,11 +320,7 @@ pub fn run(args: &Args) -> Result<i32> {
         },
         None => Console {
             output: Box::new(io::stdout()),
-            input: io::stdin()
-                .as_fd()
-                .try_clone_to_owned()
-                .ok()
-                .map(File::from),
+            input: Some(keyboard().map_err(|error| error.to_string())?),
         },
     };
     let vm = Vm::new(Config {
@@ -363,6 +361,7 @@ pub fn run(args: &Args) -> Result<i32> {
 
 /// Runs level 1 in our place. Gives the command's exit status.
 pub fn run_in_level1(args: &Args) -> Result<i32> {
+    args.check()?;
     let _terminal = if args.console.is_none() {
         RawTerminal::new()
     } else {

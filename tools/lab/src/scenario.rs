@@ -107,6 +107,14 @@ pub struct TestOptions {
     pub scenarios: Vec<String>,
 }
 
+impl TestOptions {
+    /// Says what is missing before anything is started.
+    fn check_files(&self) -> Result<()> {
+        let own_drivers = self.drivers.sets().contains(&Drivers::Rust);
+        Ok(self.files.check(own_drivers)?)
+    }
+}
+
 /// A scenario.
 struct Scenario {
     name: &'static str,
@@ -291,6 +299,7 @@ pub fn run(options: &TestOptions) -> Result<bool> {
         list();
         return Ok(true);
     }
+    options.check_files()?;
     let lab = Lab::new(&options.files)?;
     fs::create_dir_all(&options.output)?;
     let mut tap = Tap::new(Box::new(std::io::stdout()));

@@ -2,24 +2,36 @@
 //! `hvlab lab`: a login shell on a guest's console, with the control client beside it.
 
 use std::env;
+use std::fs;
 use std::io::{self, IsTerminal};
-use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{self, PathBuf};
+use std::process::{self, Command};
 
 use clap::{Args, Parser};
 
 use crate::run::{self, Files};
+use crate::signals;
+use crate::terminal;
 
 /// What the second half of the screen says.
 const HELP: &str = "\
 The guest boots on the left; this shell controls its host. Try:
     hvlab ctl status
-    hvlab ctl service --duration 5      (and look at the guest's log)
-    hvlab ctl vf-link down
-    hvlab ctl log --follow
-    hvlab ctl quit                      (ends the guest)
-In the namespace of its peer: ip netns exec hvlab0 ping 10.0.0.2";
+    hvlab ctl service --duration 5       the host takes the VF away for 5 s
+    hvlab ctl vf-link down               and up again
+    hvlab ctl counters net0
+    hvlab ctl log --follow               Ctrl-C ends it
+    hvlab ctl peer ping -c 3 10.0.0.2    from the other end of the wire
+    hvlab ctl --help
+and in the guest:
+    dmesg | grep hv_
+    ethtool -S eth0 | grep vf_
+    ping 10.0.0.1
+    poweroff";
+
+/// What the line at the bottom says.
+const KEYS: &str =
+    " F12, or Ctrl-B and an arrow: other side | in the guest, poweroff or Ctrl-]: end of the lab ";
 
 /// Arguments of `hvlab lab`.
 #[derive(Debug, Clone, Args)]
@@ -35,6 +47,9 @@ pub struct Options {
     /// Only the console, even where tmux could show both
     #[arg(long)]
     plain: bool,
+    /// This is the console beside which the other half of the screen is
+    #[arg(long, hide = true)]
+    beside: bool,
     /// More arguments for `hvlab run`
     #[arg(last = true)]
     more: Vec<String>,
@@ -61,33 +76,42 @@ impl Options {
             if self.stock { "c" } else { "rust" }.into(),
             "--control".into(),
             self.control.clone().into_os_string(),
-            "--append=lab.shell lab.address".into(),
         ];
         argv.extend(self.more.iter().map(Into::into));
         let mut args = Run::try_parse_from(argv)
             .map_err(|error| error.to_string())?
             .args;
         args.files = files.clone();
+        args.append = format!("lab.shell lab.address {}", args.append);
+        if let Some((rows, columns)) = terminal::size() {
+            args.append += &format!(" lab.size={rows}x{columns}");
+        }
         Ok(args)
     }
 
-    /// Shows console and control client side by side, where that can be done; otherwise returns.
-    pub fn side_by_side(&self) -> Result<(), String> {
-        if self.plain || env::var_os("TMUX").is_some() || !io::stdout().is_terminal() {
-            println!(
-                "In another terminal: hvlab ctl --socket {} --help",
-                self.control.display()
-            );
-            return Ok(());
+    /// Shows console and control client side by side until their end. `false` where that cannot be done.
+    pub fn side_by_side(&self) -> Result<bool, String> {
+        if self.beside {
+            return Ok(false);
         }
         let program = env::current_exe().map_err(|error| error.to_string())?;
+        let socket = path::absolute(&self.control).map_err(|error| error.to_string())?;
+        let elsewhere = format!(
+            "hvlab: in another terminal: {} ctl --socket {} --help",
+            program.display(),
+            socket.display()
+        );
+        if self.plain || !io::stdin().is_terminal() || !io::stdout().is_terminal() {
+            println!("{elsewhere}");
+            return Ok(false);
+        }
         let mut arguments: Vec<_> = env::args().skip(1).collect();
-        arguments.insert(1, "--plain".to_owned());
+        arguments.insert(1, "--beside".to_owned());
         let console = quoted([program.display().to_string()].into_iter().chain(arguments));
         let folder = program.parent().map(|path| path.display().to_string());
         let beside = format!(
-            "export HVLAB_SOCKET={} PATH={}:$PATH; echo {}; exec bash --norc",
-            quote(&self.control.display().to_string()),
+            "export HVLAB_SOCKET={} PATH={}:$PATH PS1='host:\\w# '; echo {}; exec bash --norc",
+            quote(&socket.display().to_string()),
             quote(&folder.unwrap_or_default()),
             quote(HELP)
         );
@@ -95,24 +119,36 @@ impl Options {
         let console = format!(
             "{console}; echo 'The guest has ended; Enter closes.'; read -r _; tmux kill-session"
         );
-        let error = Command::new("tmux")
-            .args([
-                "new-session",
-                &console,
-                ";",
-                "split-window",
-                "-h",
-                &beside,
-                ";",
-            ])
-            .args(["select-pane", "-L"])
-            .exec();
-        println!("hvlab: no tmux here ({error}), so only the console.");
-        println!(
-            "In another terminal: hvlab ctl --socket {} --help",
-            self.control.display()
-        );
-        Ok(())
+        // A server of its own: one that runs already knows nothing of the build root. It leaves its socket behind.
+        let server = env::temp_dir().join(format!("hvlab-tmux-{}", process::id()));
+        let _on_signal = signals::clean_up_by({
+            let server = server.clone();
+            move || drop(fs::remove_file(server))
+        });
+        let status = Command::new("tmux")
+            .env_remove("TMUX")
+            .arg("-S")
+            .arg(&server)
+            .args(["-f", "/dev/null"])
+            .args(["new-session", &console])
+            .args([";", "split-window", "-h", &beside])
+            .args([";", "select-pane", "-L"])
+            .args([";", "bind-key", "-n", "F12", "select-pane", "-t", ":.+"])
+            .args([";", "set-option", "status-left", KEYS])
+            .args([";", "set-option", "status-left-length", "120"])
+            .args([";", "set-option", "status-right", ""])
+            .args([";", "set-option", "window-status-format", ""])
+            .args([";", "set-option", "window-status-current-format", ""])
+            // Nothing goes on when the terminal is closed.
+            .args([";", "set-option", "destroy-unattached", "on"])
+            .status();
+        let _ = fs::remove_file(&server);
+        if let Err(error) = status {
+            println!("hvlab: no tmux here ({error}), so only the console");
+            println!("{elsewhere}");
+            return Ok(false);
+        }
+        Ok(true)
     }
 }
 

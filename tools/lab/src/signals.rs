@@ -90,13 +90,18 @@ pub fn watch() -> io::Result<()> {
         .spawn(move || {
             let mut signal = [0];
             while reader.read_exact(&mut signal).is_ok() {
-                take(signal[0]);
+                take(128 + i32::from(signal[0]));
             }
         })
         .map(|_| ())
 }
 
-fn take(signal: u8) {
+/// Ends the program as a signal does, but with exit status 0.
+pub fn end() {
+    take(0);
+}
+
+fn take(status: i32) {
     let actions = {
         let mut actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::take(&mut actions.1)
@@ -107,7 +112,7 @@ fn take(signal: u8) {
     // A second signal finds nobody who ends in order any more.
     if end.is_empty() {
         run(clean_up);
-        std::process::exit(128 + i32::from(signal));
+        std::process::exit(status);
     }
     // Who registered them may still take them back.
     let mut actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);

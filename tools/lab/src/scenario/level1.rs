@@ -145,6 +145,7 @@ pub fn run(options: &TestOptions) -> Result<bool> {
         list();
         return Ok(true);
     }
+    options.check_files()?;
     fs::create_dir_all(&options.output)?;
     let sets = options.drivers.sets();
     let merged = Mutex::new(Merged {
