@@ -86,6 +86,7 @@ const MEANINGS: [(&str, &str); 13] = [
 
 /// Shows it where KVM is usable.
 pub fn run(options: &DemoOptions) -> Result<()> {
+    options.files.check(!options.stock)?;
     let lab = Lab::new(&options.files)?;
     let drivers = if options.stock {
         Drivers::C
@@ -101,7 +102,7 @@ pub fn run(options: &DemoOptions) -> Result<()> {
 
 /// Shows it in an emulated machine.
 pub fn run_in_level1(options: &DemoOptions) -> Result<i32> {
-    say("No usable KVM here: first a machine is emulated that has one.");
+    options.files.check(!options.stock)?;
     let mut args = vec!["demo".to_owned()];
     args.extend(options.stock.then(|| "--stock".to_owned()));
     let launch = level1::launch(&options.files, args, !options.stock);
@@ -142,10 +143,12 @@ fn show(lab: &Lab, drivers: Drivers, folder: &Path) -> Result<()> {
     let guest = Guest::boot(lab, drivers, &Boot::new(vec![nic.clone()]), folder)?;
     bonded(&guest, &nic)?;
     ticker.stop();
-    let modules = guest.sh(
-        "uname -r; cat /proc/version | cut -c1-100; lsmod | grep -E '^(hv_netvsc|hv_pci|mana) '",
-    )?;
-    quote(&modules);
+    command_and_meaning(&guest, "uname -sr", "Debian's kernel, not rebuilt")?;
+    let (modules, meaning) = match drivers {
+        Drivers::C => ("hv_netvsc mana", "hv_pci is built into the kernel"),
+        Drivers::Rust => ("hv_netvsc hv_pci mana", "ours are those in updates/"),
+    };
+    command_and_meaning(&guest, &format!("modinfo -F filename {modules}"), meaning)?;
 
     chapter("2. The VF bonds, in the kernel's words");
     let mut seen = story(&guest, 0)?;
@@ -187,26 +190,30 @@ fn show(lab: &Lab, drivers: Drivers, folder: &Path) -> Result<()> {
     chapter("4. Host servicing under live streams");
     say("TCP from the guest, and UDP both ways at 100 datagrams a second each.");
     let streams = link.streams()?;
-    watch(&guest, &nic, Duration::from_secs(3), || true)?;
+    let start = Instant::now();
+    watch(&guest, &nic, start, Duration::from_secs(3), || true)?;
     say(&format!(
         "The host now takes the VF away for {} s.",
         SERVICING.as_secs()
     ));
     let servicing = guest.host.service(&nic, SERVICING)?;
     let mut gone = false;
-    watch(&guest, &nic, Duration::from_secs(60), || {
+    watch(&guest, &nic, start, Duration::from_secs(60), || {
         let vf = guest.host.data_path_is_vf(&nic).unwrap_or(false);
         gone |= !vf;
         !(gone && vf)
     })?;
     servicing.wait()?;
     bonded(&guest, &nic)?;
-    watch(&guest, &nic, Duration::from_secs(3), || true)?;
+    say("The VF is back and carries the traffic again.");
+    watch(&guest, &nic, start, Duration::from_secs(3), || true)?;
     report(streams)?;
     say("Meanwhile the kernel said:");
     seen = story(&guest, seen)?;
     ensure(seen > 0, || "the kernel has said nothing".into())?;
-    guest.stop()
+    guest.stop()?;
+    say("\nmake demo ARGS=--stock shows the kernel's own drivers, make lab gives you a shell in the guest.");
+    Ok(())
 }
 
 /// Ends the streams and tells what became of them.
@@ -227,16 +234,18 @@ fn report(streams: Streams<'_>) -> Result<()> {
         ));
     }
     say(&format!(
-        "\n    ==> The connection was kept. Longest gap: {} ms\n",
+        "\n    ==> The connection was kept. Longest gap: {} ms",
         outcome.longest_gap_ms()
     ));
+    say("        (the longest time in which one of the three streams got nothing; an emulated machine adds to it)\n");
     Ok(())
 }
 
-/// Shows once a second which path carries the traffic, while `go_on` says so.
+/// Shows once a second which path carries the traffic, while `go_on` says so. The clock runs since `begin`.
 fn watch(
     guest: &Guest,
     nic: &Nic,
+    begin: Instant,
     longest: Duration,
     mut go_on: impl FnMut() -> bool,
 ) -> Result<()> {
@@ -250,7 +259,7 @@ fn watch(
         last = now;
         say(&format!(
             "    {:3} s   VF {vf:5} packets  {:24} synthetic {synthetic:5} packets  {}",
-            start.elapsed().as_secs(),
+            begin.elapsed().as_secs(),
             bar(vf),
             bar(synthetic)
         ));
