@@ -90,10 +90,23 @@ impl Bus {
         })
     }
 
+    /// Logs that the host did not do what was asked for, if that is the error.
+    fn log_timeout(&self, error: Error, what: &str) {
+        if error == ETIMEDOUT {
+            dev_err!(
+                self.log(),
+                "PCI Pass-through VSP failed to {}: {}\n",
+                what,
+                error.to_errno()
+            );
+        }
+    }
+
     /// Asks which functions are on the bus, and waits until that is known.
     pub(crate) fn query_relations(&self) -> Result {
         self.send(Message::new(MessageType::QUERY_BUS_RELATIONS).as_bytes())?;
         self.wait_for(&self.surveyed, HOST_TIMEOUT)
+            .inspect_err(|e| self.log_timeout(*e, "send bus relations"))
     }
 
     /// Asks how much MMIO space the BARs of a function need.
@@ -126,7 +139,9 @@ impl Bus {
         let window = self.config.as_ref().ok_or(ENODEV)?.start();
         let mut retry = true;
         loop {
-            let response = self.request(D0Entry::new(window).as_bytes(), HOST_TIMEOUT)?;
+            let response = self
+                .request(D0Entry::new(window).as_bytes(), HOST_TIMEOUT)
+                .inspect_err(|e| self.log_timeout(*e, "answer D0 Entry"))?;
             let status = self.status(response.as_bytes())?;
             if !status.is_failure() {
                 return Ok(());
