@@ -193,7 +193,20 @@ fn request<R>(
     read: impl FnOnce(&rndis::Message<'_>) -> Result<R>,
 ) -> Result<R> {
     send(shared, requests, build)?;
-    let waited = shared.hv.wait_for(&shared.rndis.answered, TIMEOUT);
+    let waited = shared
+        .hv
+        .wait_for(&shared.rndis.answered, TIMEOUT)
+        .inspect_err(|e| {
+            if *e == ETIMEDOUT {
+                let kind = requests.page.bytes_mut().first_chunk().copied();
+                let kind = MessageType(u32::from_le_bytes(kind.unwrap_or_default()));
+                dev_err!(
+                    (*shared.hv).as_ref(),
+                    "no answer to RNDIS {}\n",
+                    format_args!("{kind}")
+                );
+            }
+        });
 
     // The message is moved out, so that it can be read without the lock.
     let mut answer = shared.rndis.answer.lock();
