@@ -46,12 +46,12 @@ const NETVSC: [Failing; 5] = [
     },
     Failing {
         fault: Fault::RndisInitUnanswered,
-        line: "-110",
+        line: "no answer to RNDIS INITIALIZE",
         silent: true,
     },
     Failing {
         fault: Fault::RndisSetUnanswered,
-        line: "-110",
+        line: "no answer to RNDIS SET",
         silent: true,
     },
 ];
@@ -62,8 +62,11 @@ const PCI_SILENT: [(Fault, &str); 3] = [
         Fault::PciVersionUnanswered,
         "failed to request version: -110",
     ),
-    (Fault::PciRelationsUnsent, "error -110"),
-    (Fault::PciD0Unanswered, "error -110"),
+    (
+        Fault::PciRelationsUnsent,
+        "failed to send bus relations: -110",
+    ),
+    (Fault::PciD0Unanswered, "failed to answer D0 Entry: -110"),
 ];
 
 pub fn run(context: &mut Context<'_>) -> Result<()> {
