@@ -16,7 +16,7 @@ config=$kdir/include/config/auto.conf
 		"make without KDIR= builds for Debian's cloud kernel and prepares all that itself"
 [ -e "$kdir/Makefile" ] && [ -e "$config" ] ||
 	die "KDIR=$kdir is not a prepared kernel tree (no Makefile or no include/config/auto.conf)" \
-		"make prepare in that tree, or install the headers package of the kernel"
+		"make modules_prepare in that tree, or install the headers package of the kernel"
 grep -q '^CONFIG_RUST=y' "$config" ||
 	die "KDIR=$kdir is of a kernel built without CONFIG_RUST: it cannot load Rust modules" \
 		"use a kernel with CONFIG_RUST=y, such as linux-image-cloud-amd64 of trixie-backports"
@@ -37,9 +37,12 @@ if [ -n "$missing" ]; then
 	release=$(cat "$kdir/include/config/kernel.release" 2>/dev/null || echo RELEASE)
 	die "KDIR=$kdir lacks the kernel's Rust metadata:$missing" \
 		"Debian's headers never have it: make KERNEL=$release rebuilds it from the kernel's source" \
-		"a tree of your own: make prepare in it" \
+		"a tree of your own: make modules_prepare in it" \
 		"other distributions: look for a package with it (Ubuntu: linux-lib-rust-*)"
 fi
+# Debian has it with the architecture.
+[ -e "$kdir/scripts/module.lds" ] || [ -e "$kdir/arch/x86/module.lds" ] ||
+	die "KDIR=$kdir has no scripts/module.lds: it is not prepared for modules" "make modules_prepare in that tree"
 [ -s "$kdir/Module.symvers" ] ||
 	die "KDIR=$kdir has no Module.symvers: it was prepared, but not built" \
 		"make in that tree, or copy the file from the headers package of the same kernel"
@@ -51,7 +54,7 @@ want=$(sed -En 's/^CONFIG_RUSTC_VERSION_TEXT="?([^"]*)"?$/\1/p' "$config")
 [ "$have" = "$want" ] ||
 	die "wrong rustc for KDIR=$kdir: its metadata is of \"$want\", here is \"$have\"" \
 		"make TOOLCHAIN=host KDIR=$kdir on the machine whose rustc built that kernel" \
-		"or make prepare in that tree with this rustc"
+		"or make modules_prepare in that tree with this rustc"
 for tool in bindgen gcc ld; do
 	command -v $tool >/dev/null ||
 		die "$tool is missing" "apt-get install bindgen build-essential, or leave out TOOLCHAIN=host"

@@ -35,7 +35,7 @@ tree=$work/tree
 config=$tree/include/config/auto.conf
 expect "KDIR that does not exist" "there is no such folder" "make without KDIR=" check_kdir
 mkdir -p "$tree/include/config" "$tree/rust" "$tree/scripts"
-expect "KDIR that is not a kernel tree" "not a prepared kernel tree" "make prepare" check_kdir
+expect "KDIR that is not a kernel tree" "not a prepared kernel tree" "make modules_prepare" check_kdir
 touch "$tree/Makefile"
 printf 'CONFIG_%s=y\n' X86_64 MODULES PCI_MSI NET INET HYPERV_VMBUS >"$config"
 expect "kernel without Rust" "without CONFIG_RUST" "use a kernel with CONFIG_RUST=y" check_kdir
@@ -45,6 +45,8 @@ echo 7.2.0-test >"$tree/include/config/kernel.release"
 expect "tree without metadata" "lacks the kernel's Rust metadata" "make KERNEL=7.2.0-test" check_kdir
 touch "$tree"/rust/lib{core,ffi,bindings,build_error,kernel,pin_init,zerocopy}.rmeta \
 	"$tree"/rust/lib{macros,zerocopy_derive}.so "$tree/scripts/target.json"
+expect "tree without a linker script for modules" "not prepared for modules" "make modules_prepare" check_kdir
+touch "$tree/scripts/module.lds"
 expect "tree that was not built" "has no Module.symvers" "make in that tree" check_kdir
 echo >"$tree/Module.symvers"
 expect "wrong rustc" 'of "rustc 1.2.3 (of long ago)"' "TOOLCHAIN=host" check_kdir
