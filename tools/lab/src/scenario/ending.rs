@@ -4,6 +4,8 @@
 use std::fs;
 use std::time::Duration;
 
+use regex::Regex;
+
 use super::guest::Guest;
 use super::{ensure, eventually, Context, Drivers, Result};
 
@@ -14,10 +16,6 @@ scheduling while atomic|Bad page|double free|NETDEV WATCHDOG|kernel panic";
 
 /// Errors (not warnings) of anything that takes part.
 const PARTS: &str = "hv_|hyperv|Hyper-V|mana|eth[0-9]|enP|vmbus|pci";
-
-/// What one-nic provokes when it loads our hv_pci beside the built-in one.
-const REFUSAL: &str =
-    "Driver .hv_pci. is already registered|initcall_blacklist=init_hv_pci_drv on the kernel";
 
 /// TAINT_OOT_MODULE and TAINT_UNSIGNED_MODULE.
 const OWN_MODULES: u64 = (1 << 12) | (1 << 13);
@@ -60,13 +58,27 @@ pub fn check(context: &mut Context<'_>, guest: &Guest) {
 }
 
 /// The errors that drivers have logged and that the scenario has not accounted for.
-pub fn errors(guest: &Guest) -> Result<Vec<String>> {
-    let command = format!(
-        "dmesg -t -l emerg,alert,crit,err | grep -E '{PARTS}' | grep -vE '{REFUSAL}' || true"
-    );
+fn errors(guest: &Guest) -> Result<Vec<String>> {
+    let command = format!("dmesg -t -l emerg,alert,crit,err | grep -E '{PARTS}' || true");
     let errors = guest.sh(&command)?;
     let new = errors.lines().skip(guest.accounted());
     Ok(new.map(str::to_owned).collect())
+}
+
+/// Accounts for the errors logged since the last time, which must all match one of the patterns.
+pub fn account_for(guest: &Guest, patterns: &[&str]) -> Result<Vec<String>> {
+    let lines = errors(guest)?;
+    guest.account(lines.len());
+    let known = Regex::new(&patterns.join("|"))?;
+    let others: Vec<_> = lines
+        .iter()
+        .filter(|line| !known.is_match(line))
+        .cloned()
+        .collect();
+    ensure(others.is_empty(), || {
+        format!("not expected: {}", others.join("\n"))
+    })?;
+    Ok(lines)
 }
 
 /// Takes all drivers of devices of the host away.
