@@ -142,32 +142,32 @@ impl Shared {
         self.record(Direction::Host, channel, "PROTOCOL_ERROR", what);
     }
 
-    /// The fault that the answer at one of the given points shall have.
-    pub(crate) fn fault(&self, points: &[FaultPoint]) -> Option<FaultAction> {
+    /// Uses up one time of the first such fault.
+    fn take_fault(&self, wanted: impl Fn(&Fault) -> bool) -> Option<FaultAction> {
         let mut faults = lock(&self.faults);
-        let fault = faults
-            .iter_mut()
-            .find(|fault| fault.action != FaultAction::Refuse && points.contains(&fault.point))?;
+        let fault = faults.iter_mut().find(|fault| wanted(fault))?;
         fault.times -= 1;
         let action = fault.action;
         faults.retain(|fault| fault.times > 0);
         Some(action)
     }
 
+    /// The fault that the answer at one of the given points shall have.
+    pub(crate) fn fault(&self, points: &[FaultPoint]) -> Option<FaultAction> {
+        self.take_fault(|fault| {
+            fault.action != FaultAction::Refuse && points.contains(&fault.point)
+        })
+    }
+
     /// Whether a request shall be refused.
     pub(crate) fn refuses(&self, channel: &str, point: FaultPoint) -> bool {
-        let mut faults = lock(&self.faults);
-        let Some(fault) = faults
-            .iter_mut()
-            .find(|fault| fault.action == FaultAction::Refuse && fault.point == point)
-        else {
-            return false;
-        };
-        fault.times -= 1;
-        faults.retain(|fault| fault.times > 0);
-        drop(faults);
-        self.record(Direction::Host, channel, "FAULT", "refuse");
-        true
+        let refuse = self
+            .take_fault(|fault| fault.action == FaultAction::Refuse && fault.point == point)
+            .is_some();
+        if refuse {
+            self.record(Direction::Host, channel, "FAULT", "refuse");
+        }
+        refuse
     }
 
     /// Forgets the guest's driver.
