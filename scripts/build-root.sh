@@ -43,6 +43,9 @@ make_root() {
 		--keyring="$keyring" --aptopt="$tmp.apt/apt.conf" --include="$packages" \
 		$suite "$tmp" "$tmp.apt/sources.list"
 	cp "$tmp.apt/apt.conf" "$tmp/etc/apt/apt.conf.d/90host"
+	# Where the other scripts look for it.
+	rm -f "$tmp"/etc/apt/sources.list.d/*
+	cp "$tmp.apt/sources.list" "$tmp/etc/apt/sources.list"
 	mkdir -p "$tmp/kernel"
 	touch "$tmp/etc/resolv.conf" "$tmp/etc/hosts"
 	# What the kernel's metadata depends on.
