@@ -11,7 +11,9 @@ use std::{
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use crate::{Client, ClientError, Fault, LogPage, Reply, Request, Status, Target, MAX_SERVICE};
+use crate::{
+    Client, ClientError, Fault, Kind, LogPage, Reply, Request, Setting, Status, Target, MAX_SERVICE,
+};
 
 /// Control a running lab.
 #[derive(Debug, Args)]
@@ -37,6 +39,21 @@ pub struct Ctl {
 enum Link {
     Up,
     Down,
+}
+
+/// A number, or nothing for what is usual.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Value(Option<u32>);
+
+fn parse_value(text: &str) -> Result<Value, String> {
+    let number = match text.strip_prefix("0x") {
+        _ if text == "usual" => return Ok(Value(None)),
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    number
+        .map(|number| Value(Some(number)))
+        .map_err(|error| format!("{error}: a number or `usual` is wanted"))
 }
 
 /// On or off.
@@ -103,6 +120,40 @@ enum Command {
         /// Number of the NIC.
         #[arg(default_value_t = 0)]
         nic: u32,
+    },
+    /// Tell the guest that its NIC hangs on another network now.
+    ChangeNetwork {
+        /// Number of the NIC.
+        #[arg(default_value_t = 0)]
+        nic: u32,
+    },
+    /// Let the synthetic NIC behave otherwise than usually.
+    Set {
+        /// What of it.
+        setting: Setting,
+        /// A number, 0x before hexadecimal digits, or `usual`.
+        #[arg(value_parser = parse_value)]
+        value: Value,
+        /// Number of the NIC.
+        #[arg(default_value_t = 0)]
+        nic: u32,
+    },
+    /// Send something to the driver of the synthetic NIC as it is, right or wrong.
+    Send {
+        /// What it is sent as.
+        kind: Kind,
+        /// The message as hexadecimal digits; several RNDIS messages go in one packet.
+        #[arg(required = true)]
+        messages: Vec<String>,
+        /// Number of the NIC.
+        #[arg(long, default_value_t = 0)]
+        nic: u32,
+        /// Transaction of a completion.
+        #[arg(long, default_value_t = 0)]
+        transaction: u64,
+        /// How many times.
+        #[arg(long, default_value_t = 1)]
+        times: u32,
     },
     /// Let something go wrong the next time it comes up.
     Fault {
@@ -219,6 +270,29 @@ impl Command {
             Self::NicLink { link, nic } => Request::NicLink {
                 nic,
                 up: matches!(link, Link::Up),
+            },
+            Self::ChangeNetwork { nic } => Request::ChangeNetwork { nic },
+            Self::Set {
+                setting,
+                value,
+                nic,
+            } => Request::Set {
+                nic,
+                setting,
+                value: value.0,
+            },
+            Self::Send {
+                kind,
+                ref messages,
+                nic,
+                transaction,
+                times,
+            } => Request::Send {
+                nic,
+                kind,
+                transaction,
+                messages: messages.clone(),
+                times,
             },
             Self::Fault { fault, nic, times } => Request::Fault { nic, fault, times },
             Self::Service { duration, nic } => {

@@ -26,7 +26,7 @@ pub use client::{Client, ClientError};
 pub use server::{serve, Server};
 
 /// The longest request that a server reads.
-pub const MAX_REQUEST: u64 = 64 * 1024;
+pub const MAX_REQUEST: u64 = 1024 * 1024;
 
 /// Lines of the message log in one reply, at most.
 pub const MAX_LOG_LINES: usize = 4096;
@@ -94,6 +94,34 @@ pub enum Request {
         /// Up or down.
         up: bool,
     },
+    /// Tells the guest that its NIC hangs on another network now.
+    ChangeNetwork {
+        /// The NIC.
+        nic: u32,
+    },
+    /// Lets the synthetic NIC behave otherwise than usually.
+    Set {
+        /// The NIC.
+        nic: u32,
+        /// What of it.
+        setting: Setting,
+        /// Nothing is as usual.
+        value: Option<u32>,
+    },
+    /// Sends something to the driver of the synthetic NIC as it is, right or wrong.
+    Send {
+        /// The NIC.
+        nic: u32,
+        /// What it is sent as.
+        kind: Kind,
+        /// Transaction of a completion.
+        #[serde(default)]
+        transaction: u64,
+        /// The message as hexadecimal digits; several, of RNDIS, go in one packet.
+        messages: Vec<String>,
+        /// How many times.
+        times: u32,
+    },
     /// Lets something go wrong the next times it comes up.
     Fault {
         /// The NIC.
@@ -142,6 +170,66 @@ pub enum Target {
     Vf,
 }
 
+/// What a synthetic NIC can do otherwise than usually.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Setting {
+    /// Link speed in Mbit/s
+    LinkSpeed,
+    /// Size of the receive buffer's sections
+    ReceiveSectionSize,
+    /// Number of these sections, as the guest is told
+    ReceiveSectionCount,
+    /// Where they begin, as the guest is told
+    ReceiveSectionOffset,
+    /// Number of groups of sections, as the guest is told
+    ReceiveGroups,
+    /// Size of the send buffer's sections
+    SendSectionSize,
+    /// Most subchannels to grant
+    Subchannels,
+    /// Checksums in IPv4 that are offered, as bits of NDIS
+    ChecksumV4,
+    /// The same in IPv6
+    ChecksumV6,
+    /// Largest packet for large send offload in IPv4; 0: not offered
+    LargeSendV4,
+    /// The same in IPv6
+    LargeSendV6,
+    /// Options of large send offload in IPv6, as bits of NDIS
+    LargeSendV6Options,
+    /// Receive segment coalescing: 1 for IPv4, 2 for IPv6, 3 for both
+    Rsc,
+    /// Alignment of packets in one message, as a power of two
+    PacketAlignment,
+    /// Most packets in one message
+    PacketsPerMessage,
+    /// Entries of the RSS indirection table
+    RssEntries,
+    /// Status in the completions of the guest's frames
+    PacketStatus,
+    /// 1: what the guest sends stays in its rings
+    HoldPackets,
+    /// 1: frames are taken, and completed when this ends
+    HoldCompletions,
+    /// 1: each frame from the guest is a line of the message log
+    LogFrames,
+}
+
+/// What something is sent to the driver of the synthetic NIC as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// An NVSP message
+    Nvsp,
+    /// A completion
+    Completion,
+    /// RNDIS messages in one packet for data
+    Rndis,
+    /// RNDIS messages in one packet for control messages
+    RndisControl,
+}
+
 /// What can go wrong with a NIC or its VF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -160,6 +248,10 @@ pub enum Fault {
     SubchannelsRefused,
     /// Synthetic NIC: a subchannel cannot be opened
     SubchannelOpenRefused,
+    /// Synthetic NIC: the switch of the data path has no answer
+    DataPathUnanswered,
+    /// Synthetic NIC: the switch of the data path is answered after three seconds
+    DataPathDelayed,
     /// Virtual PCI bus: the proposal of a version has no answer
     PciVersionUnanswered,
     /// Virtual PCI bus: the guest is not told which functions there are
@@ -314,6 +406,21 @@ pub trait Lab: Send + Sync {
     /// See [`Request::NicLink`].
     fn set_nic_link(&self, nic: u32, up: bool) -> Result<(), String>;
 
+    /// See [`Request::ChangeNetwork`].
+    fn change_network(&self, nic: u32) -> Result<(), String>;
+
+    /// See [`Request::Set`].
+    fn set(&self, nic: u32, setting: Setting, value: Option<u32>) -> Result<(), String>;
+
+    /// See [`Request::Send`]. Sends once.
+    fn send(
+        &self,
+        nic: u32,
+        kind: Kind,
+        transaction: u64,
+        messages: &[Vec<u8>],
+    ) -> Result<(), String>;
+
     /// See [`Request::Fault`].
     fn fault(&self, nic: u32, fault: Fault, times: u32) -> Result<(), String>;
 
@@ -348,6 +455,19 @@ pub fn execute(lab: &dyn Lab, request: &Request) -> Response {
         Request::Rescind { nic, device } => lab.rescind(nic, device),
         Request::Offer { nic, device } => lab.offer(nic, device),
         Request::NicLink { nic, up } => lab.set_nic_link(nic, up),
+        Request::ChangeNetwork { nic } => lab.change_network(nic),
+        Request::Set {
+            nic,
+            setting,
+            value,
+        } => lab.set(nic, setting, value),
+        Request::Send {
+            nic,
+            kind,
+            transaction,
+            ref messages,
+            times,
+        } => send(lab, nic, kind, transaction, messages, times),
         Request::Fault { nic, fault, times } => lab.fault(nic, fault, times),
         Request::Service { nic, duration_ms } => {
             service(lab, nic, Duration::from_millis(duration_ms))
@@ -370,6 +490,36 @@ pub fn execute(lab: &dyn Lab, request: &Request) -> Response {
         Ok(()) => Response::Ok(Reply::Done),
         Err(error) => Response::Error(error),
     }
+}
+
+/// Sends something as it is.
+fn send(
+    lab: &dyn Lab,
+    nic: u32,
+    kind: Kind,
+    transaction: u64,
+    messages: &[String],
+    times: u32,
+) -> Result<(), String> {
+    let several = matches!(kind, Kind::Rndis | Kind::RndisControl);
+    if messages.is_empty() || (messages.len() > 1 && !several) {
+        return Err("one message is sent at a time, unless it is RNDIS".into());
+    }
+    let messages = messages.iter().map(|message| unhex(message));
+    let messages = messages.collect::<Result<Vec<_>, _>>()?;
+    (0..times).try_for_each(|_| lab.send(nic, kind, transaction, &messages))
+}
+
+/// The bytes of hexadecimal digits.
+fn unhex(text: &str) -> Result<Vec<u8>, String> {
+    let digit = |byte: u8| char::from(byte).to_digit(16);
+    let bytes = text.as_bytes().chunks(2).map(|pair| match *pair {
+        [high, low] => Some((digit(high)? << 4 | digit(low)?) as u8),
+        _ => None,
+    });
+    bytes
+        .collect::<Option<Vec<_>>>()
+        .ok_or_else(|| "a message is an even number of hexadecimal digits".into())
 }
 
 /// Host servicing: takes the VFs away, waits, gives them back.

@@ -12,8 +12,8 @@ use std::{
 };
 
 use lab_control::{
-    Client, ClientError, Fault, Lab, LogPage, NicStatus, Reply, Request, Server, Status, Target,
-    VfStatus,
+    Client, ClientError, Fault, Kind, Lab, LogPage, NicStatus, Reply, Request, Server, Setting,
+    Status, Target, VfStatus,
 };
 
 #[derive(Default)]
@@ -61,6 +61,24 @@ impl Lab for Recorder {
 
     fn set_nic_link(&self, nic: u32, up: bool) -> Result<(), String> {
         self.add(format!("nic-link {nic} {up}"))
+    }
+
+    fn change_network(&self, nic: u32) -> Result<(), String> {
+        self.add(format!("change-network {nic}"))
+    }
+
+    fn set(&self, nic: u32, setting: Setting, value: Option<u32>) -> Result<(), String> {
+        self.add(format!("set {nic} {setting:?} {value:?}"))
+    }
+
+    fn send(
+        &self,
+        nic: u32,
+        kind: Kind,
+        transaction: u64,
+        messages: &[Vec<u8>],
+    ) -> Result<(), String> {
+        self.add(format!("send {nic} {kind:?} {transaction} {messages:x?}"))
     }
 
     fn fault(&self, nic: u32, fault: Fault, times: u32) -> Result<(), String> {
@@ -133,6 +151,19 @@ fn requests_reach_the_lab() {
             device: Target::Nic,
         },
         Request::NicLink { nic: 3, up: true },
+        Request::ChangeNetwork { nic: 3 },
+        Request::Set {
+            nic: 2,
+            setting: Setting::Rsc,
+            value: Some(1),
+        },
+        Request::Send {
+            nic: 1,
+            kind: Kind::Rndis,
+            transaction: 0,
+            messages: vec!["00fF".into(), "".into()],
+            times: 2,
+        },
         Request::Service {
             nic: None,
             duration_ms: 1,
@@ -152,6 +183,10 @@ fn requests_reach_the_lab() {
             "rescind 0 Vf",
             "offer 0 Nic",
             "nic-link 3 true",
+            "change-network 3",
+            "set 2 Rsc Some(1)",
+            "send 1 Rndis 0 [[0, ff], []]",
+            "send 1 Rndis 0 [[0, ff], []]",
             "SERVICE_BEGIN",
             "remove 1",
             "remove 3",
@@ -185,6 +220,16 @@ fn requests_reach_the_lab() {
     );
     for (request, error) in [
         (Request::Eject { nic: 5 }, "NIC 5 has no VF"),
+        (
+            Request::Send {
+                nic: 0,
+                kind: Kind::Nvsp,
+                transaction: 0,
+                messages: vec!["0".into()],
+                times: 1,
+            },
+            "a message is an even number of hexadecimal digits",
+        ),
         (
             Request::Service {
                 nic: Some(0),

@@ -11,7 +11,7 @@ use std::sync::{mpsc, Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use lab_control::{Fault, Lab, LogPage, Server, Status, Target};
+use lab_control::{Fault, Kind, Lab, LogPage, Server, Setting, Status, Target};
 use vmbus_host::{Counters, Direction, MessageLog, Platform, VmbusHost};
 use vmm::{Hypercalls, Machine, Stopper};
 use vpci::RetargetRouter;
@@ -217,6 +217,26 @@ impl Lab for Devices {
     fn set_nic_link(&self, nic: u32, up: bool) -> Result<(), String> {
         self.nic(nic)?.set_link(up);
         Ok(())
+    }
+
+    fn change_network(&self, nic: u32) -> Result<(), String> {
+        self.nic(nic)?.change_network();
+        Ok(())
+    }
+
+    fn set(&self, nic: u32, setting: Setting, value: Option<u32>) -> Result<(), String> {
+        self.nic(nic)?.set(setting, value);
+        Ok(())
+    }
+
+    fn send(
+        &self,
+        nic: u32,
+        kind: Kind,
+        transaction: u64,
+        messages: &[Vec<u8>],
+    ) -> Result<(), String> {
+        self.nic(nic)?.send(kind, transaction, messages)
     }
 
     fn fault(&self, nic: u32, fault: Fault, times: u32) -> Result<(), String> {

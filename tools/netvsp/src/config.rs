@@ -64,6 +64,73 @@ pub fn instance_from_mac(mac: &Mac) -> Guid {
     )
 }
 
+/// What the host does otherwise than usually; `None` is as usual. What is negotiated takes effect
+/// when the guest's driver connects the next time, the rest at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Size of the receive buffer's sections.
+    pub receive_section_size: Option<u32>,
+    /// Number of the receive buffer's sections that the guest is told of.
+    pub receive_section_count: Option<u32>,
+    /// Where the receive buffer's sections begin, as the guest is told.
+    pub receive_section_offset: Option<u32>,
+    /// Number of groups of sections in the receive buffer, as the guest is told.
+    pub receive_groups: Option<u32>,
+    /// Size of the send buffer's sections.
+    pub send_section_size: Option<u32>,
+    /// Most subchannels to grant.
+    pub subchannels: Option<u32>,
+    /// Checksums in IPv4 that the host offers to compute ([`ndis::ChecksumOffload`]).
+    pub checksum_v4: Option<u32>,
+    /// The same in IPv6.
+    pub checksum_v6: Option<u32>,
+    /// Largest packet for large send offload in IPv4; zero: not offered.
+    pub large_send_v4: Option<u32>,
+    /// The same in IPv6.
+    pub large_send_v6: Option<u32>,
+    /// Options of large send offload in IPv6 ([`ndis::LargeSendV2Offload`]).
+    pub large_send_v6_options: Option<u32>,
+    /// Receive segment coalescing: bit 0 for IPv4, bit 1 for IPv6.
+    pub rsc: Option<u32>,
+    /// Alignment of packets in one NVSP message, as a power of two.
+    pub packet_alignment: Option<u32>,
+    /// Most packets in one NVSP message.
+    pub packets_per_message: Option<u32>,
+    /// Entries of the RSS indirection table.
+    pub rss_entries: Option<u32>,
+    /// Status of the completions of RNDIS packets.
+    pub packet_status: Option<u32>,
+    /// Anything but zero: packets stay in the guest's rings.
+    pub hold_packets: Option<u32>,
+    /// Anything but zero: packets with frames are taken and completed when this ends.
+    pub hold_completions: Option<u32>,
+    /// Anything but zero: each frame from the guest is a line of the message log.
+    pub log_frames: Option<u32>,
+}
+
+impl Settings {
+    /// Whether a setting that is either on or off is on.
+    pub(crate) fn is_on(setting: Option<u32>) -> bool {
+        setting.is_some_and(|value| value != 0)
+    }
+}
+
+/// Something that the host sends to the guest's driver as it is, right or wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Raw {
+    /// An NVSP message.
+    Nvsp(Vec<u8>),
+    /// A completion of this transaction.
+    Completion(u64, Vec<u8>),
+    /// A packet with RNDIS messages, one a section of the receive buffer.
+    Rndis {
+        /// As control messages.
+        control: bool,
+        /// The messages.
+        messages: Vec<Vec<u8>>,
+    },
+}
+
 /// A request of the guest that can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultPoint {

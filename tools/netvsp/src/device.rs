@@ -24,7 +24,7 @@ use hyperv_wire::vmbus::class;
 use vmbus_host::{Channel, Counter, Counters, Direction, MessageLog, Offer, OpenRefused};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::{Config, Fault, FaultAction, FaultPoint};
+use crate::config::{Config, Fault, FaultAction, FaultPoint, Raw, Settings};
 use crate::frame::{self, Mac};
 use crate::port::{Delivery, Path, RxFrame, SwitchPort, SyntheticSink};
 use crate::receive::Receive;
@@ -33,6 +33,9 @@ use crate::worker::Worker;
 
 /// How long a frame waits for room before it is dropped.
 const ROOM_WAIT: Duration = Duration::from_millis(100);
+
+/// How long something that is sent as it is waits for room.
+const RAW_WAIT: Duration = Duration::from_secs(2);
 
 /// What the guest shall know, set by the host's user at any time.
 #[derive(Clone, Debug)]
@@ -88,6 +91,7 @@ pub(crate) struct Shared {
     receive: Mutex<Receive>,
     room: Condvar,
     faults: Mutex<Vec<Fault>>,
+    settings: Mutex<Settings>,
     /// Wakes the primary channel's worker.
     pub(crate) kick: EventFd,
     pub(crate) counters: NicCounters,
@@ -99,6 +103,10 @@ pub(crate) struct NicCounters {
     pub(crate) protocol_errors: Counter,
     pub(crate) no_room: Counter,
     pub(crate) tx_messages: Counter,
+    pub(crate) tx_in_sections: Counter,
+    pub(crate) tx_in_pages: Counter,
+    pub(crate) tx_in_both: Counter,
+    pub(crate) tx_split_headers: Counter,
 }
 
 /// Locks a mutex. What it guards is consistent at every point where a holder could panic.
@@ -119,6 +127,11 @@ impl Shared {
         if receive.waiting > 0 {
             self.room.notify_all();
         }
+    }
+
+    /// What is otherwise than usually.
+    pub(crate) fn settings(&self) -> Settings {
+        *lock(&self.settings)
     }
 
     pub(crate) fn wake_primary(&self) {
@@ -292,6 +305,10 @@ impl Nic {
             protocol_errors: counter("protocol_errors"),
             no_room: counter("synthetic.rx_no_room"),
             tx_messages: counter("synthetic.tx_messages"),
+            tx_in_sections: counter("synthetic.tx_in_sections"),
+            tx_in_pages: counter("synthetic.tx_in_pages"),
+            tx_in_both: counter("synthetic.tx_in_both"),
+            tx_split_headers: counter("synthetic.tx_split_headers"),
         };
         let receive = Receive::new(
             &config.name,
@@ -312,6 +329,7 @@ impl Nic {
                 receive: Mutex::new(receive),
                 room: Condvar::new(),
                 faults: Mutex::new(Vec::new()),
+                settings: Mutex::new(Settings::default()),
                 kick: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
                 counters: nic_counters,
                 config,
@@ -366,6 +384,44 @@ impl Nic {
         if fault.times > 0 {
             faults.push(fault);
         }
+    }
+
+    /// Changes how the host behaves.
+    pub fn adjust(&self, change: impl FnOnce(&mut Settings)) {
+        change(&mut lock(&self.shared.settings));
+    }
+
+    /// Sends something to the guest's driver as it is, waiting for room.
+    pub fn send_raw(&self, raw: &Raw) -> Result<(), String> {
+        let deadline = Instant::now() + RAW_WAIT;
+        let mut receive = self.shared.receive();
+        loop {
+            match receive.send_raw(raw)? {
+                true => break,
+                false if Instant::now() >= deadline => {
+                    return Err("the guest makes no room for it".to_owned());
+                }
+                false => {}
+            }
+            receive.waiting += 1;
+            receive = self
+                .shared
+                .room
+                .wait_timeout(receive, ROOM_WAIT)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            receive.waiting -= 1;
+        }
+        drop(receive);
+        let (name, length) = match raw {
+            Raw::Nvsp(bytes) => ("RAW_NVSP", bytes.len()),
+            Raw::Completion(_, bytes) => ("RAW_COMPLETION", bytes.len()),
+            Raw::Rndis { messages, .. } => ("RAW_RNDIS", messages.iter().map(Vec::len).sum()),
+        };
+        let (direction, nic) = (Direction::HostToGuest, &self.shared.config.name);
+        self.shared
+            .record(direction, nic, name, format_args!("length={length}"));
+        Ok(())
     }
 
     /// What has been negotiated.

@@ -21,7 +21,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use config::{instance_from_mac, Config, Fault, FaultAction, FaultPoint};
+pub use config::{instance_from_mac, Config, Fault, FaultAction, FaultPoint, Raw, Settings};
 pub use device::{Nic, Status};
 pub use frame::{Mac, TxOffload};
 pub use hyperv_wire::nvsp::Version;

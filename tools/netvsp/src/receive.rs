@@ -18,6 +18,7 @@ use hyperv_wire::rndis::{
 use vmbus_host::{Counter, Counters, SendError, TransferRange};
 use zerocopy::little_endian::{U16, U32};
 
+use crate::config::Raw;
 use crate::frame::{self, Mac, Network, Transport as TransportProtocol};
 use crate::port::RxFrame;
 use crate::rss::Distribution;
@@ -45,7 +46,15 @@ pub(crate) fn section_size(max_frame: usize) -> usize {
 struct Buffer {
     memory: Arc<dyn SharedMemory>,
     section_size: usize,
+    count: u32,
     free: Vec<u32>,
+}
+
+impl Buffer {
+    /// Sections that the guest has, or is about to get.
+    fn held(&self) -> u64 {
+        u64::from(self.count).saturating_sub(self.free.len() as u64)
+    }
 }
 
 /// Ranges that go into one VMBus packet.
@@ -114,6 +123,8 @@ struct RxCounters {
     too_big: Counter,
     coalesced: Counter,
     unknown_completions: Counter,
+    /// Sections that the guest has.
+    held: Counter,
 }
 
 impl Receive {
@@ -138,6 +149,7 @@ impl Receive {
                 too_big: counter("rx_too_big"),
                 coalesced: counter("rx_coalesced"),
                 unknown_completions: counter("unknown_completions"),
+                held: counter("rx_sections_held"),
             },
         }
     }
@@ -150,6 +162,7 @@ impl Receive {
             *channel = None;
         }
         self.control.clear();
+        self.count_held();
         self.stop();
         self.offloads = RxOffloads::default();
         self.rss = None;
@@ -178,6 +191,7 @@ impl Receive {
         self.buffer = Some(Buffer {
             memory,
             section_size,
+            count,
             // Taken from the end: the lowest first.
             free: (0..count).rev().collect(),
         });
@@ -187,6 +201,7 @@ impl Receive {
     /// Gives the receive buffer back.
     pub(crate) fn revoke_buffer(&mut self) {
         self.buffer = None;
+        self.count_held();
         for channel in self.channels.iter_mut().flatten() {
             channel.batch = Batch::default();
             channel.outstanding.clear();
@@ -464,6 +479,7 @@ impl Receive {
             // No room: the guest signals when there is, and then this is called again.
             let _ = flush(channel, buffer, self.version, &mut self.next_transaction);
         }
+        self.count_held();
     }
 
     /// The guest completes a packet of ours. Returns false if there is no such packet.
@@ -483,7 +499,74 @@ impl Receive {
         if let Some(buffer) = &mut self.buffer {
             buffer.free.extend(sections);
         }
+        self.count_held();
         true
+    }
+
+    fn count_held(&self) {
+        let held = self.buffer.as_ref().map_or(0, Buffer::held);
+        self.counters.held.set(held);
+    }
+
+    /// Sends something to the guest as it is. `Ok(false)`: there is no room now.
+    pub(crate) fn send_raw(&mut self, raw: &Raw) -> Result<bool, String> {
+        let Some(Some(primary)) = self.channels.first_mut() else {
+            return Err("the guest has no channel open".to_owned());
+        };
+        let sent = match raw {
+            Raw::Nvsp(message) => primary.transport.send_inband(0, message),
+            Raw::Completion(transaction, message) => {
+                primary.transport.send_completion(*transaction, message)
+            }
+            Raw::Rndis { control, messages } => {
+                let Some(buffer) = &mut self.buffer else {
+                    return Err("there is no receive buffer".to_owned());
+                };
+                if messages.iter().any(|m| m.len() > buffer.section_size) {
+                    return Err(format!("a section has {} bytes", buffer.section_size));
+                }
+                if messages.len() > buffer.free.len() {
+                    return Ok(false);
+                }
+                let sections = buffer.free.split_off(buffer.free.len() - messages.len());
+                let mut ranges = Vec::with_capacity(messages.len());
+                for (&section, message) in sections.iter().zip(messages) {
+                    let offset = u64::from(section) * buffer.section_size as u64;
+                    if let Err(error) = buffer.memory.write_at(offset, message) {
+                        buffer.free.extend(sections);
+                        return Err(error.to_string());
+                    }
+                    ranges.push(TransferRange {
+                        byte_count: message.len() as u32,
+                        byte_offset: offset as u32,
+                    });
+                }
+                let channel_type = if *control {
+                    ChannelType::CONTROL
+                } else {
+                    ChannelType::DATA
+                };
+                let sent = primary.transport.send_transfer_pages(
+                    self.next_transaction,
+                    nvsp::RECEIVE_BUFFER_ID,
+                    &ranges,
+                    &rndis_packet(self.version, channel_type),
+                );
+                if sent.is_ok() {
+                    primary.outstanding.insert(self.next_transaction, sections);
+                    self.next_transaction += 1;
+                } else {
+                    buffer.free.extend(sections);
+                }
+                sent
+            }
+        };
+        self.count_held();
+        match sent {
+            Ok(()) => Ok(true),
+            Err(SendError::Full) => Ok(false),
+            Err(error) => Err(format!("{error:?}")),
+        }
     }
 }
 

@@ -160,15 +160,16 @@ impl Worker {
         } else {
             Status::BAD_VERSION
         };
+        let settings = self.shared.settings();
         let body = rndis::InitializeComplete {
             request_id: request.request_id,
             status: U32::new(status.0),
             major_version: U32::new(rndis::MAJOR_VERSION),
             minor_version: U32::new(rndis::MINOR_VERSION),
             device_flags: U32::new(1),
-            max_packets_per_message: U32::new(MAX_PACKETS),
+            max_packets_per_message: U32::new(settings.packets_per_message.unwrap_or(MAX_PACKETS)),
             max_transfer_size: U32::new(MAX_TRANSFER),
-            packet_alignment_factor: U32::new(ALIGNMENT),
+            packet_alignment_factor: U32::new(settings.packet_alignment.unwrap_or(ALIGNMENT)),
             ..rndis::InitializeComplete::default()
         };
         self.record(
@@ -234,6 +235,8 @@ impl Worker {
                 Ok(self.offload(version, capabilities, info))
             }
             Oid::GEN_RECEIVE_SCALE_CAPABILITIES if version >= Version::V5 => {
+                let entries = self.shared.settings().rss_entries;
+                let entries = entries.unwrap_or(RSS_TABLE.into());
                 let caps = RssCapabilities {
                     flags: U32::new(
                         RssCapabilities::HASH_TOEPLITZ
@@ -242,7 +245,7 @@ impl Worker {
                     ),
                     num_interrupts: U32::new(config.max_channels.into()),
                     num_queues: U32::new(config.max_channels.into()),
-                    num_table_entries: U16::new(RSS_TABLE),
+                    num_table_entries: U16::new(entries as u16),
                     ..RssCapabilities::request()
                 };
                 Ok(caps.as_bytes().to_vec())
@@ -263,12 +266,15 @@ impl Worker {
         };
         let (_, largest) = Offload::revision(Version::V61);
         let size = usize::from(offload.header.size.get()).min(largest);
+        let settings = self.shared.settings();
         let encapsulation = U32::new(ENCAPSULATION_8023);
         if config.checksum {
             let transport = ChecksumOffload::TCP | ChecksumOffload::UDP;
             let options = ChecksumOffload::IP_OPTIONS | ChecksumOffload::TCP_OPTIONS;
-            let ipv4 = U32::new(transport | options | ChecksumOffload::IP_HEADER);
-            let ipv6 = U32::new(transport | options);
+            let ipv4 = transport | options | ChecksumOffload::IP_HEADER;
+            let ipv4 = U32::new(settings.checksum_v4.unwrap_or(ipv4));
+            let ipv6 = transport | options;
+            let ipv6 = U32::new(settings.checksum_v6.unwrap_or(ipv6));
             offload.checksum = ChecksumOffload {
                 ipv4_tx_encapsulation: encapsulation,
                 ipv4_tx: ipv4,
@@ -281,21 +287,24 @@ impl Worker {
             };
         }
         if config.large_send {
+            let v4 = settings.large_send_v4.unwrap_or(MAX_LARGE_SEND);
+            let v6 = settings.large_send_v6.unwrap_or(MAX_LARGE_SEND);
             let options =
                 LargeSendV2Offload::IPV6_EXTENSION_HEADERS | LargeSendV2Offload::IPV6_TCP_OPTIONS;
             offload.large_send_v2 = LargeSendV2Offload {
-                ipv4_encapsulation: encapsulation,
-                ipv4_max_size: U32::new(MAX_LARGE_SEND),
+                ipv4_encapsulation: if v4 > 0 { encapsulation } else { U32::ZERO },
+                ipv4_max_size: U32::new(v4),
                 ipv4_min_segments: U32::new(2),
-                ipv6_encapsulation: encapsulation,
-                ipv6_max_size: U32::new(MAX_LARGE_SEND),
+                ipv6_encapsulation: if v6 > 0 { encapsulation } else { U32::ZERO },
+                ipv6_max_size: U32::new(v6),
                 ipv6_min_segments: U32::new(2),
-                ipv6_options: U32::new(options),
+                ipv6_options: U32::new(settings.large_send_v6_options.unwrap_or(options)),
             };
         }
         if self.offers_rsc(version, capabilities) {
-            offload.rsc.ipv4 = 1;
-            offload.rsc.ipv6 = 1;
+            let families = settings.rsc.unwrap_or(3);
+            offload.rsc.ipv4 = (families & 1) as u8;
+            offload.rsc.ipv6 = (families >> 1 & 1) as u8;
         }
         offload.as_bytes()[..size].to_vec()
     }
@@ -328,6 +337,8 @@ impl Worker {
             Oid::GEN_RNDIS_CONFIG_PARAMETER => {
                 match ConfigParameter::parse_mac(info) {
                     Ok(Some(mac)) if mac[0] & 1 == 0 && mac != [0; 6] => {
+                        let text = mac.map(|byte| format!("{byte:02x}")).join(":");
+                        self.record(Direction::Host, "ADDRESS", format_args!("mac={text}"));
                         self.shared.set_mac(mac);
                         Ok(())
                     }
@@ -380,7 +391,12 @@ impl Worker {
         let updated = Distribution::update(receive.rss.as_ref(), &parameters, channels);
         match updated {
             Ok(rss) => {
+                let text = rss
+                    .as_ref()
+                    .map_or("off".to_owned(), Distribution::describe);
                 receive.rss = rss;
+                drop(receive);
+                self.record(Direction::Host, "RSS", text);
                 Ok(())
             }
             Err(error) => {

@@ -126,6 +126,13 @@ impl Distribution {
         Ok(Some(Self { types, key, table }))
     }
 
+    /// Key and table, for the message log.
+    pub(crate) fn describe(&self) -> String {
+        let key = self.key.map(|byte| format!("{byte:02x}")).join(":");
+        let used: std::collections::BTreeSet<_> = self.table.iter().collect();
+        format!("entries={} channels={used:?} key={key}", self.table.len())
+    }
+
     /// Hash of a frame and the channel it belongs to; `None` if the frame is not of a kind that
     /// is hashed.
     pub fn classify(&self, frame: &[u8]) -> Option<(u32, u32)> {

@@ -15,9 +15,9 @@ use vmbus_host::{Direction, Packet, PacketKind, RecvError, SendError};
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::little_endian::U32;
 
-use crate::config::{FaultAction, FaultPoint};
+use crate::config::{FaultAction, FaultPoint, Settings};
 use crate::device::{lock, SendBuffer, Shared, Wanted};
-use crate::frame::TxOffload;
+use crate::frame::{self, TxOffload};
 use crate::poll;
 use crate::receive::section_size;
 use crate::transport::Transport;
@@ -38,6 +38,9 @@ const BATCH: usize = 16;
 /// opens its interface or asks for subchannels before. It then has registered its interface, and
 /// the kernel's log tells of the VF under the interface's name.
 const QUIET: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether packets still stay in the ring, or without completion.
+const HOLD: Duration = Duration::from_millis(20);
 
 /// An answer on its way to the guest.
 pub(crate) enum Answer {
@@ -69,6 +72,8 @@ pub(crate) struct Worker {
     /// Completions that wait for room in the ring.
     waiting: VecDeque<(u64, Vec<u8>)>,
     deferred: Vec<(Instant, Answer)>,
+    /// Completions that are held back by a setting.
+    held: Vec<(u64, Vec<u8>)>,
     pub(crate) session: Option<Session>,
     data: Vec<u8>,
 }
@@ -94,6 +99,7 @@ impl Worker {
             stop,
             waiting: VecDeque::new(),
             deferred: Vec::new(),
+            held: Vec::new(),
             session: None,
             data: Vec::new(),
         }
@@ -141,12 +147,16 @@ impl Worker {
     }
 
     fn next_deadline(&self) -> Option<Instant> {
+        let settings = self.shared.settings();
+        let holds = Settings::is_on(settings.hold_packets) || !self.held.is_empty();
+        let hold = holds.then(|| Instant::now() + HOLD);
         let vf = self
             .session
             .as_ref()
             .filter(|session| self.association_differs(session))
             .and_then(|session| session.vf_ready);
-        self.deferred.iter().map(|&(when, _)| when).chain(vf).min()
+        let deferred = self.deferred.iter().map(|&(when, _)| when);
+        deferred.chain(vf).chain(hold).min()
     }
 
     /// Does what there is to do. Returns whether there may be more.
@@ -157,6 +167,9 @@ impl Worker {
             self.send_answer(answer);
         }
         let mut more = false;
+        if !Settings::is_on(self.shared.settings().hold_completions) {
+            self.waiting.extend(self.held.drain(..));
+        }
         match self.send_waiting() {
             Ok(()) => {
                 more = self.take_packets()?;
@@ -191,6 +204,9 @@ impl Worker {
     }
 
     fn take_packets(&mut self) -> Result<bool, Ended> {
+        if Settings::is_on(self.shared.settings().hold_packets) {
+            return Ok(false);
+        }
         for _ in 0..BATCH {
             match self.transport.recv() {
                 Ok(Some(packet)) => self.packet(packet),
@@ -460,18 +476,23 @@ impl Worker {
             .transport
             .shared_memory(buffer.gpadl.get())
             .filter(|_| !self.refuses(MessageType::SEND_RECEIVE_BUFFER));
+        let settings = self.shared.settings();
+        let section = settings
+            .receive_section_size
+            .map_or(section_size(max_frame as usize), |size| size as usize);
         let sections = memory.and_then(|memory| {
             let mut receive = self.shared.receive();
             // A page more than the limit: drivers round up to pages.
             let right = memory.len() <= u64::from(limit + PAGE_SIZE) && !receive.has_buffer();
-            right
-                .then(|| receive.set_buffer(memory, section_size(max_frame as usize)))
-                .flatten()
+            right.then(|| receive.set_buffer(memory, section)).flatten()
         });
         let (status, size, count) = match sections {
             Some((size, count)) => (nvsp::Status::SUCCESS, size, count),
             None => (nvsp::Status::FAILURE, 0, 0),
         };
+        let count = settings.receive_section_count.unwrap_or(count);
+        let groups = settings.receive_groups.unwrap_or(u32::from(count != 0));
+        let offset = settings.receive_section_offset.unwrap_or(0);
         self.record(
             Direction::HostToGuest,
             "NVSP_SEND_RECEIVE_BUFFER_COMPLETE",
@@ -481,13 +502,13 @@ impl Worker {
             packet,
             &nvsp::SendReceiveBufferComplete {
                 status: U32::new(status.0),
-                num_sections: U32::new(u32::from(count != 0)),
+                num_sections: U32::new(groups),
                 section: nvsp::ReceiveSection {
-                    offset: U32::ZERO,
+                    offset: U32::new(offset),
                     suballocation_size: U32::new(size),
                     num_suballocations: U32::new(count),
-                    // Does not overflow: it lies in the buffer.
-                    end_offset: U32::new(size * count),
+                    // Overflows only where a setting has made nonsense of it.
+                    end_offset: U32::new(size.wrapping_mul(count)),
                 },
             },
         );
@@ -502,12 +523,14 @@ impl Worker {
                     .contains(&memory.len())
             })
             .filter(|_| !self.refuses(MessageType::SEND_SEND_BUFFER));
+        let section = self.shared.settings().send_section_size;
+        let section = section.unwrap_or(SEND_SECTION);
         let status = match memory {
             Some(memory) => {
                 let tx = self.shared.tx.write();
                 tx.unwrap_or_else(PoisonError::into_inner).send_buffer = Some(SendBuffer {
                     memory,
-                    section_size: SEND_SECTION,
+                    section_size: section,
                 });
                 nvsp::Status::SUCCESS
             }
@@ -516,19 +539,20 @@ impl Worker {
         self.record(
             Direction::HostToGuest,
             "NVSP_SEND_SEND_BUFFER_COMPLETE",
-            format_args!("status={} section_size={SEND_SECTION}", status.0),
+            format_args!("status={} section_size={section}", status.0),
         );
         self.complete(
             packet,
             &nvsp::SendSendBufferComplete {
                 status: U32::new(status.0),
-                section_size: U32::new(SEND_SECTION),
+                section_size: U32::new(section),
             },
         );
     }
 
     fn subchannels(&mut self, packet: &Packet, request: &nvsp::SubchannelRequest) {
         let most = u32::from(self.shared.config.max_channels.max(1) - 1);
+        let most = most.min(self.shared.settings().subchannels.unwrap_or(most));
         let wanted = request.num_subchannels.get();
         let right = request.operation.get() == nvsp::SubchannelOperation::ALLOCATE.0
             && self.version() >= Version::V5
@@ -565,15 +589,31 @@ impl Worker {
     /// RNDIS messages: gathers them from send section and pages, and handles them.
     fn rndis_packet(&mut self, packet: &Packet, message: &nvsp::SendRndisPacket) {
         let mut data = std::mem::take(&mut self.data);
-        let status = match self.gather(packet, message, &mut data) {
-            Ok(()) => self.rndis_messages(&mut data),
+        let settings = self.shared.settings();
+        let is_data = message.channel_type.get() == nvsp::ChannelType::DATA.0;
+        let mut status = match self.gather(packet, message, &mut data) {
+            Ok(()) => {
+                let placed = self.count_placement(packet, message);
+                let log = Settings::is_on(settings.log_frames).then_some(placed);
+                self.rndis_messages(&mut data, log)
+            }
             Err(what) => {
                 self.error(what);
                 nvsp::Status::INVALID_RNDIS_PACKET
             }
         };
         self.data = data;
-        if packet.completion_requested {
+        if is_data {
+            status = settings.packet_status.map_or(status, nvsp::Status);
+        }
+        if is_data && packet.completion_requested && Settings::is_on(settings.hold_completions) {
+            let message = nvsp::encode(&nvsp::SendRndisPacketComplete {
+                status: U32::new(status.0),
+            });
+            let length = nvsp::message_size(self.version());
+            self.held
+                .push((packet.transaction_id, message[..length].to_vec()));
+        } else if packet.completion_requested {
             self.complete(
                 packet,
                 &nvsp::SendRndisPacketComplete {
@@ -581,6 +621,30 @@ impl Worker {
                 },
             );
         }
+    }
+
+    /// Counts where the guest has put the messages of a packet, and says it.
+    fn count_placement(&self, packet: &Packet, message: &nvsp::SendRndisPacket) -> &'static str {
+        let in_section = message.section_index.get() != nvsp::INVALID_SECTION;
+        let ranges = match &packet.kind {
+            PacketKind::GpaDirect(ranges) => ranges.as_slice(),
+            _ => &[],
+        };
+        let counters = &self.shared.counters;
+        let (counter, name) = match (in_section, ranges.is_empty()) {
+            (true, true) => (&counters.tx_in_sections, "section"),
+            (true, false) => (&counters.tx_in_both, "both"),
+            (false, _) => (&counters.tx_in_pages, "pages"),
+        };
+        counter.inc();
+        // The header is what begins the first range, then.
+        let split = ranges.first().filter(|_| !in_section).is_some_and(|range| {
+            u64::from(range.byte_offset) + rndis::PACKET_HEADER_SIZE as u64 > u64::from(PAGE_SIZE)
+        });
+        if split {
+            counters.tx_split_headers.inc();
+        }
+        name
     }
 
     /// Copies the RNDIS messages of a packet to `data`.
@@ -625,7 +689,7 @@ impl Worker {
         Ok(())
     }
 
-    fn rndis_messages(&mut self, data: &mut [u8]) -> nvsp::Status {
+    fn rndis_messages(&mut self, data: &mut [u8], log: Option<&str>) -> nvsp::Status {
         let mut at = 0;
         if data.is_empty() {
             self.error("RNDIS packet without message");
@@ -635,7 +699,7 @@ impl Worker {
             let rest = &mut data[at..];
             let handled = match rndis::header(rest, rest.len()) {
                 Ok((rndis::MessageType::PACKET, length)) => {
-                    self.transmit(&mut rest[..length]).map(|()| length)
+                    self.transmit(&mut rest[..length], log).map(|()| length)
                 }
                 Ok((_, length)) if self.is_primary() => {
                     self.control(&rest[..length]).map(|()| length)
@@ -656,7 +720,7 @@ impl Worker {
     }
 
     /// A frame from the guest.
-    fn transmit(&self, message: &mut [u8]) -> Result<(), rndis::Error> {
+    fn transmit(&self, message: &mut [u8], log: Option<&str>) -> Result<(), rndis::Error> {
         let layout = rndis::packet_layout(message, message.len())?;
         let ppis = message.get(layout.ppis).unwrap_or_default();
         let info = rndis::PacketInfo::collect(rndis::Ppis::new(ppis))?;
@@ -675,6 +739,10 @@ impl Worker {
         }
         self.shared.counters.tx_messages.inc();
         let frame = message.get_mut(layout.frame).unwrap_or_default();
+        if let Some(placed) = log {
+            let fields = describe_frame(frame, &info, placed);
+            self.record(Direction::GuestToHost, "FRAME", fields);
+        }
         self.shared.port.deliver_from_synthetic(frame, &offload);
         Ok(())
     }
@@ -829,6 +897,48 @@ impl Worker {
             self.send_answer(Answer::Control(message));
         }
     }
+}
+
+/// The fields of a frame from the guest with its per-packet information.
+fn describe_frame(frame: &[u8], info: &rndis::PacketInfo, placed: &str) -> String {
+    let mut out = format!("length={} in={placed}", frame.len());
+    // Writing to a string does not fail.
+    if let Some(to) = frame::destination(frame) {
+        let [a, b, c, d, e, f] = to;
+        let _ = write!(out, " to={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+    }
+    if let Some([high, low]) = frame.get(12..14) {
+        let _ = write!(out, " type=0x{high:02x}{low:02x}");
+    }
+    if let Some(hash) = info.hash {
+        let _ = write!(out, " hash={hash:#x}");
+    }
+    if let Some(vlan) = info.vlan {
+        let _ = write!(out, " tci={:#x}", vlan.tci());
+    }
+    if let Some(checksum) = info.checksum.map(rndis::TxChecksum) {
+        let names = [
+            (rndis::TxChecksum::IPV4, "ipv4"),
+            (rndis::TxChecksum::IPV6, "ipv6"),
+            (rndis::TxChecksum::TCP, "tcp"),
+            (rndis::TxChecksum::UDP, "udp"),
+            (rndis::TxChecksum::IP_HEADER, "ip"),
+        ];
+        let names = names.iter().filter(|(flag, _)| checksum.has(*flag));
+        let names: Vec<_> = names.map(|&(_, name)| name).collect();
+        let at = checksum.header_offset();
+        let _ = write!(out, " checksum={}@{at}", names.join("+"));
+    }
+    if let Some(large_send) = info.large_send {
+        let _ = write!(
+            out,
+            " lso={}{}@{}",
+            large_send.mss(),
+            if large_send.is_ipv6() { "v6" } else { "v4" },
+            large_send.tcp_header_offset()
+        );
+    }
+    out
 }
 
 /// Writes the fields of a message.

@@ -13,9 +13,9 @@ use hyperv_wire::{
     nvsp, rndis,
     vpci::{self as wire_vpci, SlotNumber},
 };
-use lab_control::{DataPath, Fault, NicStatus, VfStatus};
+use lab_control::{DataPath, Fault, Kind, NicStatus, Setting, VfStatus};
 use mana::{ManaVf, VfOptions};
-use netvsp::{FaultAction, FaultPoint, Nic, SwitchPort, Uplink};
+use netvsp::{FaultAction, FaultPoint, Nic, Raw, SwitchPort, Uplink};
 use vmbus_host::{Counters, Direction, Guid, MessageLog, Platform, VmbusHost};
 use vmm::Machine;
 use vpci::{Bus, BusCounters, BusOptions, Faults, RetargetRouter, VpciDevice};
@@ -32,6 +32,8 @@ const RELEASE: Duration = Duration::from_secs(60);
 const TELL: Duration = Duration::from_secs(5);
 /// First version of NVSP in which a driver can be told of a VF.
 const FIRST_WITH_ASSOCIATION: nvsp::Version = nvsp::Version::V4;
+/// How late a delayed answer to a switch of the data path comes.
+const DATA_PATH_DELAY: Duration = Duration::from_secs(3);
 /// Queues of a VF if nothing else is said.
 const VF_QUEUES: u16 = 16;
 /// Mbit/s that the VF says it has.
@@ -51,6 +53,8 @@ pub struct LabNic {
     offered: AtomicBool,
     peer: Peer,
     serial: u32,
+    /// The serial number that the VF itself says.
+    slot: u32,
     vf_options: VfOptions,
     vf_at_boot: bool,
     bus: BusMaker,
@@ -133,6 +137,9 @@ impl LabNic {
         if let Some(channels) = spec.channels {
             config.max_channels = channels;
         }
+        if let Some(alias) = &spec.alias {
+            config.friendly_name.clone_from(alias);
+        }
         let peer = Peer::new(spec.index.unwrap_or(number))?;
         let uplink =
             Uplink::tap(TAP, Some(&peer.path())).map_err(|error| format!("{name}: {error}"))?;
@@ -140,6 +147,7 @@ impl LabNic {
         let port = SwitchPort::new(&name, mac, uplink, &devices.counters).map_err(failed)?;
         let nic = Nic::new(config, port, devices.log.clone(), &devices.counters).map_err(failed)?;
 
+        let serial = spec.serial.unwrap_or(number as u32 + 1);
         let bus_name = format!("vpci{number}");
         let instance = spec.bus.unwrap_or_else(|| {
             // As a guest names the domain after the third group: 7870 is usual for MANA on Azure.
@@ -154,10 +162,11 @@ impl LabNic {
             nic,
             offered: AtomicBool::new(false),
             peer,
-            serial: spec.serial.unwrap_or(number as u32 + 1),
+            serial,
+            slot: spec.slot.unwrap_or(serial),
             vf_options: VfOptions {
                 name: format!("vf{number}"),
-                mac,
+                mac: spec.vf_mac.unwrap_or(mac),
                 queues: spec.queues.unwrap_or(VF_QUEUES),
                 speed: VF_SPEED,
             },
@@ -254,6 +263,65 @@ impl LabNic {
         self.nic.set_link(up);
     }
 
+    /// Tells the guest that the synthetic device hangs on another network.
+    pub(super) fn change_network(&self) {
+        self.nic.change_network();
+    }
+
+    /// Changes how the synthetic device behaves.
+    pub(super) fn set(&self, setting: Setting, value: Option<u32>) {
+        if setting == Setting::LinkSpeed {
+            let usual = self.nic.config().link_speed;
+            self.nic.set_link_speed(value.unwrap_or(usual));
+            return;
+        }
+        self.nic.adjust(|settings| {
+            let place = match setting {
+                Setting::LinkSpeed => return,
+                Setting::ReceiveSectionSize => &mut settings.receive_section_size,
+                Setting::ReceiveSectionCount => &mut settings.receive_section_count,
+                Setting::ReceiveSectionOffset => &mut settings.receive_section_offset,
+                Setting::ReceiveGroups => &mut settings.receive_groups,
+                Setting::SendSectionSize => &mut settings.send_section_size,
+                Setting::Subchannels => &mut settings.subchannels,
+                Setting::ChecksumV4 => &mut settings.checksum_v4,
+                Setting::ChecksumV6 => &mut settings.checksum_v6,
+                Setting::LargeSendV4 => &mut settings.large_send_v4,
+                Setting::LargeSendV6 => &mut settings.large_send_v6,
+                Setting::LargeSendV6Options => &mut settings.large_send_v6_options,
+                Setting::Rsc => &mut settings.rsc,
+                Setting::PacketAlignment => &mut settings.packet_alignment,
+                Setting::PacketsPerMessage => &mut settings.packets_per_message,
+                Setting::RssEntries => &mut settings.rss_entries,
+                Setting::PacketStatus => &mut settings.packet_status,
+                Setting::HoldPackets => &mut settings.hold_packets,
+                Setting::HoldCompletions => &mut settings.hold_completions,
+                Setting::LogFrames => &mut settings.log_frames,
+            };
+            *place = value;
+        });
+    }
+
+    /// Sends something to the driver of the synthetic device as it is.
+    pub(super) fn send(
+        &self,
+        kind: Kind,
+        transaction: u64,
+        messages: &[Vec<u8>],
+    ) -> Result<(), String> {
+        let first = messages.first().cloned().unwrap_or_default();
+        let raw = match kind {
+            Kind::Nvsp => Raw::Nvsp(first),
+            Kind::Completion => Raw::Completion(transaction, first),
+            Kind::Rndis | Kind::RndisControl => Raw::Rndis {
+                control: kind == Kind::RndisControl,
+                messages: messages.to_vec(),
+            },
+        };
+        let sent = self.nic.send_raw(&raw);
+        sent.map_err(|error| format!("{}: {error}", self.name()))
+    }
+
     /// Tells the guest whether the NIC has a VF.
     pub(super) fn set_association(&self, on: bool) {
         self.nic.set_vf_association(on.then_some(self.serial));
@@ -303,7 +371,7 @@ impl LabNic {
             self.log.clone(),
             self.bus.faults.clone(),
         );
-        if !device.add_function(slot(), self.serial, None, function.clone()) {
+        if !device.add_function(slot(), self.slot, None, function.clone()) {
             return Err(format!("{}: the slot is taken", self.bus.name));
         }
         self.nic.port().set_vf_sink(Some(function.clone()));
@@ -397,6 +465,11 @@ impl LabNic {
             Fault::RndisSetUnanswered => nic(FaultPoint::Rndis(rndis::MessageType::SET), mute),
             Fault::SubchannelsRefused => nic(FaultPoint::Nvsp(Nvsp::SUBCHANNEL), refuse),
             Fault::SubchannelOpenRefused => nic(FaultPoint::SubchannelOpen, refuse),
+            Fault::DataPathUnanswered => nic(FaultPoint::Nvsp(Nvsp::SWITCH_DATA_PATH), mute),
+            Fault::DataPathDelayed => nic(
+                FaultPoint::Nvsp(Nvsp::SWITCH_DATA_PATH),
+                FaultAction::Delay(DATA_PATH_DELAY),
+            ),
             Fault::PciVersionUnanswered => bus(Pci::QUERY_PROTOCOL_VERSION, bus_mute),
             Fault::PciRelationsUnsent => bus(Pci::QUERY_BUS_RELATIONS, bus_mute),
             Fault::PciD0Unanswered => bus(Pci::BUS_D0_ENTRY, bus_mute),

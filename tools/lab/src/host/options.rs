@@ -10,11 +10,12 @@ use vmbus_host::{Config, Guid, Version};
 /// The host's part of the command line.
 #[derive(Debug, Clone, Args)]
 pub struct HostArgs {
-    /// A NIC: KEY=VALUE,… of mac, instance, serial, index, channels, vf=mana|later|none, bus, queues; or `none`
+    /// A NIC: KEY=VALUE,… of mac, instance, serial, index, channels, alias, vf=mana|later|none, bus, queues, slot, vf-mac; or `none`
     ///
     /// `mac`: address; `instance`: GUID, made of the address if not given; `serial`: pairs the NIC with its VF; `index`:
-    /// its peer is in the network namespace hvlab<PID>-<index>; `channels`: most channels; `vf`: whether it has a VF
-    /// at boot; `bus`: instance GUID of the VF's bus, whose third word becomes the PCI domain; `queues`: of the VF.
+    /// its peer is in the network namespace hvlab<PID>-<index>; `channels`: most channels; `alias`: what the host calls it; `vf`: whether it has a VF
+    /// at boot; `bus`: instance GUID of the VF's bus, whose third word becomes the PCI domain; `queues`: of the VF; `slot`: another
+    /// serial number than the NIC's for the VF; `vf-mac`: another address than the NIC's for the VF.
     /// Repeat the option for more NICs. Without it there is one NIC with a VF.
     #[arg(long = "nic", value_name = "SPEC")]
     nics: Vec<NicOption>,
@@ -49,6 +50,12 @@ pub struct Spec {
     pub index: Option<usize>,
     /// Most channels.
     pub channels: Option<u16>,
+    /// What the host calls it.
+    pub alias: Option<String>,
+    /// Another serial number for the VF itself.
+    pub slot: Option<u32>,
+    /// Another address for the VF itself.
+    pub vf_mac: Option<[u8; 6]>,
     /// Instance GUID of the VF's bus.
     pub bus: Option<Guid>,
     /// Queues of the VF.
@@ -106,6 +113,9 @@ impl FromStr for NicOption {
                 "serial" => number(value, 1..=u32::MAX).map(|serial| spec.serial = Some(serial)),
                 "index" => number(value, 0..=255).map(|index| spec.index = Some(index)),
                 "channels" => number(value, 1..=64).map(|channels| spec.channels = Some(channels)),
+                "alias" => Some(spec.alias = Some(value.to_owned())),
+                "slot" => number(value, 0..=u32::MAX).map(|slot| spec.slot = Some(slot)),
+                "vf-mac" => parse_mac(value).map(|mac| spec.vf_mac = Some(mac)),
                 "bus" => Guid::parse(value).ok().map(|guid| spec.bus = Some(guid)),
                 "queues" => number(value, 1..=64).map(|queues| spec.queues = Some(queues)),
                 "vf" => match value {
