@@ -30,3 +30,8 @@
 #include <linux/workqueue.h>
 #include <net/flow_dissector.h>
 #include <net/ip6_checksum.h>
+
+#include "netvsc_trace.h"
+
+extern unsigned int hyperv_netvsc_ring_size;
+extern int hyperv_netvsc_debug;

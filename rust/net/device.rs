@@ -489,6 +489,13 @@ impl<T> TxLocked<T> {
 /// data holds such a reference to itself must give that up in [`Driver::unregistering`].
 pub struct DeviceRef<T>(Arc<Owner<T>>);
 
+// SAFETY: A device is only made for a `T: Driver`, which can be used and dropped by any thread. A
+// bound would not do: data with a reference to its own device would need itself.
+unsafe impl<T> Send for DeviceRef<T> {}
+
+// SAFETY: See above.
+unsafe impl<T> Sync for DeviceRef<T> {}
+
 impl<T> Clone for DeviceRef<T> {
     fn clone(&self) -> Self {
         Self(self.0.clone())

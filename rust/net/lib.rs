@@ -21,6 +21,7 @@ mod list;
 mod lower;
 mod napi;
 mod netdev;
+pub mod netvsc;
 mod notifier;
 mod percpu;
 mod rcu;

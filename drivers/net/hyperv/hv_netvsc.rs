@@ -57,16 +57,6 @@ module! {
     authors: ["hv_netvsc authors"],
     description: "Microsoft Hyper-V network driver",
     license: "GPL",
-    params: {
-        ring_size: u32 {
-            default: 128,
-            description: "Ring buffer size (# of 4K pages)",
-        },
-        debug: i32 {
-            default: -1,
-            description: "Debug level (0=none,...,16=all)",
-        },
-    },
 }
 
 /// The module: what it has registered, in the order in which it is to be unregistered.
@@ -81,10 +71,7 @@ struct HvNetvsc {
 
 impl InPlaceModule for HvNetvsc {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        config::init(
-            *module_parameters::ring_size.value(),
-            *module_parameters::debug.value(),
-        );
+        config::init(net::netvsc::ring_size(), net::netvsc::debug());
         try_pin_init!(Self {
             _notifier: NotifierRegistration::new()?,
             _driver <- driver::Registration::new(c"hv_netvsc", module),

@@ -37,6 +37,7 @@ use kernel::{
 use net::{
     netdev_err,
     Device,
+    DeviceRef,
     Napi,
     RcuSlot,
     Rtnl, //
@@ -164,6 +165,8 @@ impl Queue {
 pub(crate) struct Shared {
     /// The device on the bus.
     pub(crate) hv: ARef<vmbus::Device>,
+    /// The network device. It refers to this object until it is unregistered.
+    pub(crate) dev: DeviceRef<Netvsc>,
     /// The version of the protocol, 0 until it is negotiated.
     version: Atomic<u32>,
     /// NVSP requests.
@@ -211,6 +214,7 @@ impl Shared {
         Arc::pin_init(
             try_pin_init!(Self {
                 hv: (&**hv).into(),
+                dev: dev.to_ref(),
                 version: Atomic::new(0),
                 control <- Control::new(),
                 rndis <- Rndis::new(),

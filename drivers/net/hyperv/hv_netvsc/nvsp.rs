@@ -128,6 +128,7 @@ pub(crate) fn send_patiently(
 /// Sends a message that has no answer.
 fn notify<B: nvsp::Body>(shared: &Shared, body: &B) -> Result {
     let message = nvsp::encode(body);
+    net::netvsc::trace_nvsp_send(&shared.dev, B::TYPE.0);
     send_patiently(shared, |ring| {
         ring.send_inband(&message, Transaction::Notice.id(), Reply::None)
     })
@@ -146,6 +147,7 @@ fn request<B: nvsp::Body>(shared: &Shared, body: &B) -> Result<([u8; ANSWER_SIZE
 
     let message = nvsp::encode(body);
     let id = Transaction::Nvsp(*sequence).id();
+    net::netvsc::trace_nvsp_send(&shared.dev, B::TYPE.0);
     send_patiently(shared, |ring| ring.send_inband(&message, id, Reply::Wanted))?;
     shared.hv.wait_for(&control.answered, TIMEOUT)?;
     let answer = control.answer.lock().message.take();

@@ -30,6 +30,12 @@ use kernel::{
         Mutex, //
     }, //
 };
+use net::netvsc::{
+    trace_nvsp_send_pkt,
+    trace_rndis_send,
+    RndisMessage,
+    SentPacket, //
+};
 use vmbus::{
     new_spinlock_irq,
     sync::SpinLockIrq,
@@ -149,6 +155,21 @@ impl Rndis {
     }
 }
 
+/// What tracepoints record of a message, from its first bytes.
+pub(crate) fn traced(bytes: &[u8]) -> RndisMessage {
+    let word = |at: usize| {
+        bytes
+            .get(at..)
+            .and_then(|bytes| bytes.first_chunk())
+            .map_or(0, |word| u32::from_le_bytes(*word))
+    };
+    RndisMessage {
+        kind: word(0),
+        len: word(4),
+        request_id: word(8),
+    }
+}
+
 /// Puts a message into the request page and sends it.
 fn send(
     shared: &Shared,
@@ -171,6 +192,13 @@ fn send(
 
     let mut ranges = GpaRanges::new();
     ranges.push(requests.page.pfn(), 0, len as u32)?;
+    trace_rndis_send(&shared.dev, 0, || traced(requests.page.bytes_mut()));
+    trace_nvsp_send_pkt(&shared.dev, || SentPacket {
+        channel: 0,
+        kind: ChannelType::CONTROL.0,
+        section: nvsp::INVALID_SECTION,
+        len: 0,
+    });
     let message = nvsp::encode(&nvsp::SendRndisPacket {
         channel_type: U32::new(ChannelType::CONTROL.0),
         section_index: U32::new(nvsp::INVALID_SECTION),

@@ -31,6 +31,10 @@ use kernel::{
 use net::{
     net_ratelimit,
     netdev_err,
+    netvsc::{
+        trace_nvsp_recv,
+        trace_rndis_recv, //
+    },
     Destination,
     Device,
     Features,
@@ -55,7 +59,10 @@ use crate::{
     },
     device::Netvsc,
     link,
-    rndis::MESSAGE_MAX,
+    rndis::{
+        traced,
+        MESSAGE_MAX, //
+    },
     tx, vf,
 };
 
@@ -213,6 +220,9 @@ impl RxPoll {
         guard: &rcu::Guard,
     ) -> i32 {
         let dev = context.device();
+        trace_nvsp_recv(dev, shared.index, || {
+            nvsp::message_type(packet.payload()).map_or(0, |kind| kind.0)
+        });
         match packet.kind() {
             PacketKind::Completion => {
                 completed(shared, context, ring, packet, guard);
@@ -301,6 +311,13 @@ impl RxPoll {
                             netdev_err!(dev, "Packet offset:{} + len:{} too big\n", offset, len);
                         }
                     })?;
+                    trace_rndis_recv(dev, shared.index, || {
+                        let mut head = [0; 12];
+                        let len = bytes.len().min(head.len());
+                        // What is not there is 0.
+                        let _ = part(&bytes, 0, &mut head[..len]);
+                        traced(&head)
+                    });
                     let last = i + 1 == count;
                     self.message(shared, context, buffer, &bytes, offset, last)
                 });

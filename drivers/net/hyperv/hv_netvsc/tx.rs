@@ -37,6 +37,10 @@ use kernel::{
 use net::{
     net_ratelimit,
     netdev_err,
+    netvsc::{
+        trace_nvsp_send_pkt,
+        SentPacket, //
+    },
     Checksum,
     Device,
     PollContext,
@@ -217,6 +221,16 @@ impl Sender<'_> {
             } else {
                 section_len
             }),
+        });
+
+        trace_nvsp_send_pkt(self.dev, || {
+            let channel = self.shared.channel(self.index);
+            SentPacket {
+                channel: channel.map_or(0, |channel| channel.subchannel_index()),
+                kind: ChannelType::DATA.0,
+                section: message.section,
+                len: section_len,
+            }
         });
 
         // It has to be in the table first, since the completion can come at once.
