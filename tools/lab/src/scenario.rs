@@ -17,6 +17,7 @@ mod guest;
 mod host;
 pub mod level1;
 mod no_driver;
+mod observe;
 mod one_nic;
 mod reload;
 mod servicing;
@@ -123,7 +124,7 @@ struct Scenario {
 }
 
 /// In the order of their numbers, which start at 1.
-const SCENARIOS: [Scenario; 10] = [
+const SCENARIOS: [Scenario; 11] = [
     Scenario {
         name: "one-nic",
         title: "one NIC, no VF: addresses, traffic, VLAN, MTU, frames of all sizes",
@@ -173,6 +174,11 @@ const SCENARIOS: [Scenario; 10] = [
         name: "faults",
         title: "a host that does not answer, or refuses what it should not",
         run: faults::run,
+    },
+    Scenario {
+        name: "observe",
+        title: "what can be seen: tracepoints, statistics of queues, debugfs, parameters",
+        run: observe::run,
     },
 ];
 
