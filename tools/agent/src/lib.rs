@@ -7,6 +7,8 @@
 //! namespace of its peer; each prints one JSON report when it ends.
 
 pub mod client;
+pub mod count;
+pub mod flood;
 pub mod frames;
 pub mod gap;
 pub mod netns;

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
-use lab_agent::{frames, netns, serve, tcp, udp};
+use lab_agent::{count, flood, frames, netns, serve, tcp, udp};
 use nix::sys::signal::SigSet;
 use serde::Serialize;
 
@@ -38,6 +38,10 @@ enum Task {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         argv: Vec<String>,
     },
+    /// Do something between two marks, for the counter of instructions
+    Count(count::Options),
+    /// Send a number of small UDP packets
+    Flood(flood::Options),
     /// Send raw frames of random sizes
     FramesSend(frames::SendOptions),
     /// Receive and check raw frames
@@ -71,6 +75,8 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
     match cli.command {
         Task::Serve { line } => serve::serve(&line)?,
         Task::Exec { argv } => return Err(exec(&argv).into()),
+        Task::Count(options) => print(&count::count(&options)?)?,
+        Task::Flood(options) => print(&flood::flood(&options)?)?,
         Task::FramesSend(options) => print(&frames::send(&options)?)?,
         Task::FramesReceive(options) => print(&frames::receive(&options)?)?,
         Task::UdpSend(options) => print(&udp::send(&options, &*on_interrupt()?)?)?,

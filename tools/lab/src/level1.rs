@@ -41,6 +41,8 @@ const STDERR_PORT: &str = "hvlab.stderr";
 const STATUS_PORT: &str = "hvlab.status";
 /// The first line of the status port; the last is "exit" with the exit status.
 const STARTED: &str = "started";
+/// What the plugin writes.
+const PLUGIN_PORT: &str = "hvlab.plugin";
 /// The file with the console of level 1's kernel.
 const CONSOLE: &str = "console";
 /// What QEMU has after level 1's last word until it must have ended.
@@ -108,6 +110,8 @@ pub struct Launch {
     pub memory: u32,
     /// QEMU's program.
     pub qemu: String,
+    /// A plugin for QEMU, and the path there of what it writes to its argument `out`.
+    pub plugin: Option<(PathBuf, String)>,
 }
 
 /// A port of level 1 that stands for a path there.
@@ -211,6 +215,11 @@ impl Launch {
                 path: path.clone(),
                 socket,
             })
+            .chain(self.plugin.iter().map(|(_, path)| PortLink {
+                name: PLUGIN_PORT.to_owned(),
+                path: path.clone(),
+                socket: false,
+            }))
             .collect()
     }
 
@@ -263,8 +272,19 @@ impl Launch {
             .sockets
             .iter()
             .map(|(here, _)| format!("socket,path={},server=on,wait=off", escape(here)));
-        for (link, backend) in self.ports().iter().zip(outputs.chain(sockets)) {
+        // It connects before the machine runs.
+        let path = dir.join(PLUGIN_PORT);
+        let plugin = self
+            .plugin
+            .iter()
+            .map(|_| format!("socket,path={},server=on,wait=off", escape(&path)));
+        let backends = outputs.chain(sockets).chain(plugin);
+        for (link, backend) in self.ports().iter().zip(backends) {
             port(&link.name, &backend);
+        }
+        if let Some((library, _)) = &self.plugin {
+            let plugin = format!("{},out={}", escape(library), escape(&path));
+            qemu.args(["-plugin", &plugin]);
         }
         for (index, (here, _)) in self.disks.iter().enumerate() {
             qemu.args([

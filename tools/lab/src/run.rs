@@ -217,6 +217,7 @@ impl Args {
             cpus: self.level1_cpus,
             memory: self.memory + LEVEL1_OVERHEAD,
             qemu: self.files.qemu.clone(),
+            plugin: None,
         }
     }
 

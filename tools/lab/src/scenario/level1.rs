@@ -210,6 +210,7 @@ pub fn launch(files: &Files, args: Vec<String>, own_modules: bool) -> Launch {
         cpus: 1,
         memory: super::guest::MEMORY + OVERHEAD,
         qemu: files.qemu.clone(),
+        plugin: None,
     }
 }
 
