@@ -40,6 +40,10 @@ lab: modules tools
 test check:
 	@scripts/test.sh
 
+.PHONY: bench
+bench: modules tools
+	@scripts/lab.sh bench $(ARGS)
+
 .PHONY: lint
 lint:
 	@scripts/test.sh --lint
@@ -74,6 +78,7 @@ help:
 #h   make demo        see them at work: a VF, host servicing under a live stream (5 minutes)
 #h   make lab         a login shell on the guest's console
 #h   make test        every check and every scenario, with the Rust and the C drivers
+#h   make bench       measure the Rust and the C drivers against each other (ARGS=--help)
 #h
 #h   make install     install the modules for the running kernel (the way back: make uninstall)
 #h   make tools       build the lab host, build/hvlab

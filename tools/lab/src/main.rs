@@ -34,6 +34,8 @@ enum Command {
     Lab(shell::Options),
     /// Show bonding and host servicing, with explanations
     Demo(scenario::demo::DemoOptions),
+    /// Measure the stock drivers and ours by turns
+    Bench(scenario::bench::Options),
     /// Control a running lab
     Ctl(lab_control::cli::Ctl),
     /// Say whether this machine's KVM will do
@@ -94,6 +96,14 @@ fn main() {
                 scenario::demo::run(&options).map(|()| 0)
             } else {
                 scenario::demo::run_in_level1(&options)
+            };
+            code.map_err(|error| error.to_string())
+        }
+        Command::Bench(options) => {
+            let code = if options.list || usable_kvm() {
+                scenario::bench::run(&options).map(|()| 0)
+            } else {
+                scenario::bench::run_in_level1(&options)
             };
             code.map_err(|error| error.to_string())
         }

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+pub mod bench;
 mod channels;
 pub mod demo;
 mod ending;

@@ -465,7 +465,7 @@ impl Tool {
     fn new(mut child: Child, name: &str) -> Result<Self> {
         let mut stdout = child.stdout.take().ok_or("no standard output")?;
         let mut stderr = child.stderr.take().ok_or("no standard error")?;
-        if name.contains("-receive") {
+        if name.contains("-receive") || name.contains("--wait-on") {
             let mut ready = [0; 6];
             if stderr.read_exact(&mut ready).is_err() || ready != *b"ready\n" {
                 let mut text = String::from_utf8_lossy(&ready).into_owned();
