@@ -5,6 +5,7 @@
 
 #include <asm/hw_irq.h>
 #include <asm/mshyperv.h>
+#include <linux/bpf.h>
 #include <linux/etherdevice.h>
 #include <linux/ethtool.h>
 #include <linux/hyperv.h>
@@ -30,8 +31,14 @@
 #include <linux/workqueue.h>
 #include <net/flow_dissector.h>
 #include <net/ip6_checksum.h>
+#include <net/page_pool/types.h>
+#include <net/xdp.h>
 
 #include "netvsc_trace.h"
 
 extern unsigned int hyperv_netvsc_ring_size;
 extern int hyperv_netvsc_debug;
+
+/* Macros with casts, which bindgen cannot evaluate. */
+const u32 HYPERV_CONST_SKB_ALIGN = SKB_DATA_ALIGN(1);
+const u32 HYPERV_CONST_SKB_TAILROOM = SKB_DATA_ALIGN(sizeof(struct skb_shared_info));

@@ -7,8 +7,10 @@
  */
 
 #include <asm/mshyperv.h>
+#include <linux/bpf_trace.h>
 #include <linux/cpumask.h>
 #include <linux/etherdevice.h>
+#include <linux/filter.h>
 #include <linux/hyperv.h>
 #include <linux/if_vlan.h>
 #include <linux/interrupt.h>
@@ -27,9 +29,11 @@
 #include <linux/workqueue.h>
 #include <net/flow_dissector.h>
 #include <net/netdev_lock.h>
+#include <net/page_pool/helpers.h>
 #include <net/pkt_sched.h>
 #include <net/sch_generic.h>
 #include <net/sock.h>
+#include <net/xdp.h>
 
 /* vmbus */
 
@@ -619,4 +623,79 @@ unsigned int hyperv_helper_next_present_cpu(int cpu)
 unsigned int hyperv_helper_next_possible_cpu(int cpu)
 {
 	return cpumask_next(cpu, cpu_possible_mask);
+}
+
+void hyperv_helper_netif_tx_lock_queue(struct netdev_queue *queue)
+{
+	__netif_tx_lock_bh(queue);
+	/* As the core does for what it transmits itself, for the watchdog. */
+	txq_trans_cond_update(queue);
+}
+
+void hyperv_helper_netif_tx_unlock_queue(struct netdev_queue *queue)
+{
+	__netif_tx_unlock_bh(queue);
+}
+
+/* Puts the Ethernet header, which eth_type_trans() took off, back. */
+bool hyperv_helper_skb_restore_eth_header(struct sk_buff *skb)
+{
+	if (!skb_mac_header_was_set(skb) || skb_mac_offset(skb) != -ETH_HLEN)
+		return false;
+	skb_reset_network_header(skb);
+	__skb_push(skb, ETH_HLEN);
+	return true;
+}
+
+void *hyperv_helper_page_pool_alloc_address(struct page_pool *pool)
+{
+	struct page *page = page_pool_dev_alloc_pages(pool);
+
+	return page ? page_address(page) : NULL;
+}
+
+void hyperv_helper_page_pool_recycle_address(struct page_pool *pool, void *address)
+{
+	page_pool_recycle_direct(pool, virt_to_page(address));
+}
+
+void hyperv_helper_xdp_prepare_empty(struct xdp_buff *xdp, struct xdp_rxq_info *queue, void *start,
+				     u32 size, u32 headroom)
+{
+	xdp_init_buff(xdp, size, queue);
+	xdp_prepare_buff(xdp, start, headroom, 0, true);
+}
+
+u32 hyperv_helper_bpf_prog_run_xdp(const struct bpf_prog *prog, struct xdp_buff *xdp)
+{
+	return bpf_prog_run_xdp(prog, xdp);
+}
+
+void hyperv_helper_trace_xdp_exception(const struct net_device *dev, const struct bpf_prog *prog,
+				       u32 action)
+{
+	trace_xdp_exception(dev, prog, action);
+}
+
+/* A packet in the memory of a frame, which is a page of a pool. */
+struct sk_buff *hyperv_helper_xdp_buff_build_skb(struct xdp_buff *xdp)
+{
+	struct sk_buff *skb = napi_build_skb(xdp->data_hard_start, xdp->frame_sz);
+
+	if (!skb)
+		return NULL;
+	skb_reserve(skb, xdp->data - xdp->data_hard_start);
+	__skb_put(skb, xdp->data_end - xdp->data);
+	if (xdp->data > xdp->data_meta)
+		skb_metadata_set(skb, xdp->data - xdp->data_meta);
+	skb_mark_for_recycle(skb);
+	return skb;
+}
+
+int hyperv_helper_netdev_xdp_xmit(struct net_device *dev, int count, struct xdp_frame **frames,
+				  u32 flags)
+{
+	if (!dev->netdev_ops->ndo_xdp_xmit)
+		return -EOPNOTSUPP;
+	return dev->netdev_ops->ndo_xdp_xmit(dev, count, frames, flags);
 }

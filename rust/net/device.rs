@@ -38,9 +38,14 @@ use crate::{
     netdev::ETH_ALEN,
     rtnl,
     rtnl::Rtnl,
+    xdp::{
+        self,
+        XdpOps, //
+    },
     Features,
     NetDevice,
-    SkBuff, //
+    SkBuff,
+    Xdp, //
 };
 
 /// What became of a packet to transmit.
@@ -85,7 +90,7 @@ pub struct Stats {
 /// A driver of network devices, implemented by the private data of a device.
 ///
 /// Callbacks with a [`Rtnl`] run under the RTNL and may sleep.
-pub trait Driver: Ethtool + Sized + Send + Sync + 'static {
+pub trait Driver: Ethtool + Xdp + Sized + Send + Sync + 'static {
     /// Brings the device up.
     fn open(dev: &Device<Self>, rtnl: &Rtnl) -> Result;
 
@@ -103,6 +108,9 @@ pub trait Driver: Ethtool + Sized + Send + Sync + 'static {
 
     /// What is to be received has changed. Runs under the device's address lock: may not sleep.
     fn set_rx_mode(dev: &Device<Self>, addresses: &AddressLock<'_>);
+
+    /// Takes out features that the device cannot have at present.
+    fn fix_features(dev: &Device<Self>, features: Features, rtnl: &Rtnl) -> Features;
 
     /// Features have changed. Fails if the device keeps the old ones, after setting those it has.
     fn set_features(dev: &Device<Self>, features: Features, rtnl: &Rtnl) -> Result;
@@ -394,6 +402,33 @@ impl<T> Device<T> {
         unsafe { bindings::netif_tx_queue_stopped(queue.as_ptr()) }
     }
 
+    /// Calls `f` with a transmit queue whose lock is taken for that. `None` if there is no such
+    /// queue.
+    ///
+    /// Not to be called in a hard interrupt or with interrupts off, or where the lock of a transmit
+    /// queue is held already.
+    pub fn with_tx_queue<R>(
+        &self,
+        index: u16,
+        f: impl for<'q> FnOnce(&mut TxQueue<'q>) -> R,
+    ) -> Option<R> {
+        let queue = self.queue(index)?;
+        // SAFETY: A queue of the device is valid as long as the device is.
+        unsafe { bindings::netif_tx_lock_queue(queue.as_ptr()) };
+        // INVARIANT: The lock was just taken. As the lifetime is any that the caller may think of,
+        // `f` cannot exchange the value for another one.
+        let mut locked = TxQueue {
+            queue,
+            index,
+            more: false,
+            _lock: PhantomData,
+        };
+        let result = f(&mut locked);
+        // SAFETY: The lock was taken above.
+        unsafe { bindings::netif_tx_unlock_queue(queue.as_ptr()) };
+        Some(result)
+    }
+
     /// Wakes a transmit queue.
     pub fn wake_queue(&self, index: u16) {
         if let Some(queue) = self.queue(index) {
@@ -411,6 +446,7 @@ impl<T> Device<T> {
 pub struct TxQueue<'a> {
     queue: NonNull<bindings::netdev_queue>,
     index: u16,
+    more: bool,
     _lock: PhantomData<(&'a mut (), *mut ())>,
 }
 
@@ -440,10 +476,13 @@ impl TxQueue<'_> {
 
     /// Whether another packet will follow at once. Not if the queue is stopped.
     pub fn more(&self) -> bool {
-        // SAFETY: By the type invariants the queue is valid, and we are transmitting on this CPU.
-        unsafe {
-            bindings::netdev_xmit_more() && !bindings::netif_xmit_stopped(self.queue.as_ptr())
-        }
+        // SAFETY: By the type invariants the queue is valid.
+        self.more && !unsafe { bindings::netif_xmit_stopped(self.queue.as_ptr()) }
+    }
+
+    /// Says whether another packet will follow at once, where it is not the core that knows.
+    pub fn set_more(&mut self, more: bool) {
+        self.more = more;
     }
 }
 
@@ -556,6 +595,7 @@ impl<'bound, T: Driver> UnregisteredDevice<'bound, T> {
             (*raw.as_ptr()).dev.parent = parent.as_raw_device();
             (*raw.as_ptr()).netdev_ops = &Ops::<T>::NETDEV;
             (*raw.as_ptr()).ethtool_ops = &EthtoolOps::<T>::OPS;
+            (*raw.as_ptr()).xdp_features = xdp::FEATURES;
             bindings::netif_carrier_off(raw.as_ptr());
             bindings::netif_set_real_num_tx_queues(raw.as_ptr(), 1);
             bindings::netif_set_real_num_rx_queues(raw.as_ptr(), 1);
@@ -635,11 +675,14 @@ impl<T: Driver> Ops<T> {
         ndo_select_queue: Some(Self::select_queue),
         ndo_change_rx_flags: Some(Self::change_rx_flags),
         ndo_set_rx_mode: Some(Self::set_rx_mode),
+        ndo_fix_features: Some(Self::fix_features),
         ndo_set_features: Some(Self::set_features),
         ndo_change_mtu: Some(Self::change_mtu),
         ndo_validate_addr: Some(bindings::eth_validate_addr),
         ndo_set_mac_address: Some(Self::set_mac_address),
         ndo_get_stats64: Some(Self::get_stats64),
+        ndo_bpf: Some(XdpOps::<T>::bpf),
+        ndo_xdp_xmit: Some(XdpOps::<T>::xmit),
         ..pin_init::zeroed()
     };
 
@@ -693,6 +736,8 @@ impl<T: Driver> Ops<T> {
         let mut queue = TxQueue {
             queue,
             index,
+            // SAFETY: We are transmitting on this CPU.
+            more: unsafe { bindings::netdev_xmit_more() },
             _lock: PhantomData,
         };
         match T::start_xmit(dev, &mut queue, skb) {
@@ -748,6 +793,19 @@ impl<T: Driver> Ops<T> {
         let dev: &Device<T> = unsafe { Self::device(dev) };
         // The core holds the address lock.
         T::set_rx_mode(dev, &AddressLock(dev));
+    }
+
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_fix_features` of a device of the driver `T`.
+    unsafe extern "C" fn fix_features(
+        dev: *mut bindings::net_device,
+        features: bindings::netdev_features_t,
+    ) -> bindings::netdev_features_t {
+        // SAFETY: The core calls this with a device that is registered, or being registered, and
+        // the RTNL held.
+        let (dev, rtnl) = unsafe { (Self::device(dev), Rtnl::assume()) };
+        T::fix_features(dev, Features(features), &rtnl).0
     }
 
     /// # Safety

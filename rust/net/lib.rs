@@ -5,7 +5,8 @@
 //! A driver implements [`Driver`] (what C calls `net_device_ops`) and [`Ethtool`] for the private
 //! data of its devices, allocates a device with that data inside the C allocation
 //! ([`UnregisteredDevice`]) and registers it ([`Registration`]). Packets are [`SkBuff`]s, which
-//! move: whoever has one owns it. Receiving is driven by [`Napi`].
+//! move: whoever has one owns it. Receiving is driven by [`Napi`]. BPF programs see frames by
+//! [`xdp`].
 //!
 //! Where a function may be called is part of its signature as far as possible: [`Rtnl`] is evidence
 //! of the RTNL, [`TxQueue`] of a transmit queue's lock, [`PollContext`] of running in NAPI's poll.
@@ -23,11 +24,13 @@ mod napi;
 mod netdev;
 pub mod netvsc;
 mod notifier;
+mod page_pool;
 mod percpu;
 mod rcu;
 pub mod rtnl;
 mod skb;
 mod work;
+pub mod xdp;
 
 // The bindings must have these in full: the types are embedded or their fields used.
 const _: () = {
@@ -124,4 +127,8 @@ pub use self::work::{
     DelayedWork,
     HasDelayedWork,
     WorkItem, //
+};
+pub use self::xdp::{
+    ExtAck,
+    Xdp, //
 };

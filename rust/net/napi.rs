@@ -5,7 +5,10 @@
 //! C header: [`include/linux/netdevice.h`](srctree/include/linux/netdevice.h)
 
 use core::{
-    cell::UnsafeCell,
+    cell::{
+        Cell,
+        UnsafeCell, //
+    },
     marker::{
         PhantomData,
         PhantomPinned, //
@@ -16,9 +19,12 @@ use core::{
 use hyperv_bindings as bindings;
 use kernel::{
     prelude::*,
-    sync::atomic::{
-        Atomic,
-        Relaxed, //
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        SetOnce, //
     },
     types::Opaque, //
 };
@@ -29,6 +35,7 @@ use crate::{
         DeviceRef, //
     },
     rtnl::Rtnl,
+    xdp,
     Driver,
     SkBuff, //
 };
@@ -72,6 +79,8 @@ pub trait Poll: Send {
 pub struct PollContext<'a, D> {
     napi: NonNull<bindings::napi_struct>,
     dev: &'a Device<D>,
+    xdp: Option<&'a xdp::RxQueue>,
+    redirected: Cell<bool>,
     budget: i32,
     _not_send: PhantomData<*mut ()>,
 }
@@ -88,6 +97,17 @@ impl<'a, D> PollContext<'a, D> {
         let skb = unsafe { bindings::napi_alloc_skb(self.napi.as_ptr(), len) };
         // SAFETY: The packet is new.
         NonNull::new(skb).map(|skb| unsafe { SkBuff::from_raw(skb) })
+    }
+
+    /// Memory for a received frame that a program is to see. `None` if there is no memory, or no
+    /// budget: then only completions are wanted, maybe with interrupts off.
+    pub fn frame(&self) -> Option<xdp::Frame<'_>> {
+        if self.budget == 0 {
+            return None;
+        }
+        // SAFETY: By the type invariants we are in the poll of this NAPI, and if there is a budget
+        // in a softirq. The frame borrows `self`, and what is redirected is sent after the poll.
+        unsafe { self.xdp?.frame(self.dev, &self.redirected) }
     }
 
     /// Passes a packet to the stack.
@@ -117,6 +137,8 @@ pub struct Napi<P: Poll> {
     napi: Opaque<bindings::napi_struct>,
     poller: UnsafeCell<P>,
     shared: P::Shared,
+    /// The receive queue.
+    xdp: SetOnce<Pin<KBox<xdp::RxQueue>>>,
     /// Number of the queues that refer to it, plus one; 0 if none do.
     queue: Atomic<u32>,
     dev: DeviceRef<P::Driver>,
@@ -131,9 +153,10 @@ unsafe impl<P: Poll> Send for Napi<P> {}
 unsafe impl<P: Poll> Sync for Napi<P> {}
 
 impl<P: Poll> Napi<P> {
-    /// Adds a NAPI instance to `dev` and enables it. Sleeps.
+    /// Adds a NAPI instance for the receive queue `index` of `dev` and enables it. Sleeps.
     pub fn new<'a>(
         dev: &'a Device<P::Driver>,
+        index: u16,
         poller: P,
         shared: P::Shared,
     ) -> impl PinInit<Self, Error> + 'a
@@ -146,17 +169,21 @@ impl<P: Poll> Napi<P> {
             napi: Opaque::zeroed(),
             poller: UnsafeCell::new(poller),
             shared,
+            xdp: SetOnce::new(),
             queue: Atomic::new(0),
             dev: dev.to_ref(),
             _pin: PhantomPinned,
         }? Error);
-        init.pin_chain(|this| {
+        init.pin_chain(move |this| {
             // SAFETY: The device is valid, which `dev` of the new object ensures, and the structure
             // stays pinned until it is deleted.
             unsafe {
                 bindings::netif_napi_add(this.dev.as_raw(), this.napi.get(), Some(Self::callback));
                 bindings::napi_enable(this.napi.get());
             }
+            // SAFETY: The queue is dropped with the new object, which disables the NAPI first.
+            let queue = unsafe { xdp::RxQueue::new(&this.dev, index, this.napi.get()) }?;
+            this.xdp.populate(queue);
             Ok(())
         })
     }
@@ -233,10 +260,17 @@ impl<P: Poll> Napi<P> {
                 // SAFETY: The pointer is valid.
                 napi: unsafe { NonNull::new_unchecked(napi) },
                 dev: &this.dev,
+                xdp: this.xdp.as_ref().map(|queue| &**queue),
+                redirected: Cell::new(false),
                 budget,
                 _not_send: PhantomData,
             };
-            poller.poll(&this.shared, &context, budget)
+            let polled = poller.poll(&this.shared, &context, budget);
+            if context.redirected.get() {
+                // SAFETY: We are in the poll, by which the frames were redirected.
+                unsafe { bindings::xdp_do_flush() };
+            }
+            polled
         };
         if polled.work >= budget {
             return budget;

@@ -522,6 +522,18 @@ impl SkBuff {
             })
         }
     }
+
+    /// Turns a received packet, whose Ethernet header was taken off, into one to transmit on
+    /// `queue`.
+    pub fn turn_round(&mut self, queue: u16) -> Result {
+        // SAFETY: By the type invariants the packet is valid and ours.
+        if !unsafe { bindings::skb_restore_eth_header(self.as_raw()) } {
+            return Err(EINVAL);
+        }
+        // SAFETY: As above.
+        unsafe { (*self.as_raw()).queue_mapping = queue };
+        Ok(())
+    }
 }
 
 impl Drop for SkBuff {

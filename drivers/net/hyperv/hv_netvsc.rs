@@ -50,6 +50,8 @@ mod subchannel;
 mod tx;
 #[path = "hv_netvsc/vf.rs"]
 mod vf;
+#[path = "hv_netvsc/xdp.rs"]
+mod xdp;
 
 module! {
     type: HvNetvsc,

@@ -319,7 +319,7 @@ impl Receiver {
             index,
         };
         try_pin_init!(Self {
-            napi <- Napi::new(dev, RxPoll::new()?, shared),
+            napi <- Napi::new(dev, index, RxPoll::new()?, shared),
         }? Error)
     }
 

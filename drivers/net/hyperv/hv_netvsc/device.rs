@@ -70,7 +70,8 @@ use crate::{
     subchannel,
     tx,
     vf,
-    vf::Bond, //
+    vf::Bond,
+    xdp, //
 };
 
 /// Smallest MTU.
@@ -135,6 +136,8 @@ pub(crate) struct Netvsc {
     pub(crate) link: Link,
     /// Counters.
     pub(crate) statistics: Statistics,
+    /// The XDP program. Changes under the RTNL.
+    pub(crate) program: RcuSlot<ARef<net::xdp::Program>>,
     /// How received packets are spread.
     #[pin]
     pub(crate) rss: Mutex<Rss>,
@@ -170,6 +173,7 @@ impl Netvsc {
             bond <- Bond::new(),
             link <- Link::new(),
             statistics: Statistics::new()?,
+            program: RcuSlot::new(),
             rss <- new_mutex!(
                 Rss {
                     key: config::HASH_KEY,
@@ -380,32 +384,7 @@ impl Driver for Netvsc {
     }
 
     fn start_xmit(dev: &Device<Self>, queue: &mut TxQueue<'_>, skb: SkBuff) -> Xmit {
-        let data = dev.data();
-        let guard = rcu::read_lock();
-        if data.bond.data_path_is_vf.load(Relaxed) {
-            if let Some(vf) = data.bond.vf.borrow(&guard) {
-                if vf.is_running() && vf.has_carrier() && !dev.is_netpoll_transmitting() {
-                    let len = skb.len();
-                    let (verdict, taken) = Xmit::on(vf, skb);
-                    if taken {
-                        data.statistics.vf.add::<{ stats::vf::TX_PACKETS }>(1);
-                        data.statistics
-                            .vf
-                            .add::<{ stats::vf::TX_BYTES }>(len.into());
-                    } else {
-                        data.statistics.vf.add::<{ stats::vf::TX_DROPPED }>(1);
-                    }
-                    return verdict;
-                }
-            }
-        }
-        match data.shared.borrow(&guard) {
-            Some(shared) => tx::transmit(dev, shared, queue, skb, &guard),
-            None => {
-                data.statistics.tx_dropped.add(1);
-                Xmit::Done
-            }
-        }
+        xmit(dev, queue, skb, &rcu::read_lock())
     }
 
     fn select_queue(dev: &Device<Self>, skb: &mut SkBuff) -> u16 {
@@ -443,6 +422,10 @@ impl Driver for Netvsc {
         }
     }
 
+    fn fix_features(dev: &Device<Self>, features: Features, _rtnl: &Rtnl) -> Features {
+        xdp::fix_features(dev, features)
+    }
+
     fn set_features(dev: &Device<Self>, features: Features, rtnl: &Rtnl) -> Result {
         let shared = dev.data().connected()?;
         let mut features = features;
@@ -463,6 +446,7 @@ impl Driver for Netvsc {
     fn change_mtu(dev: &Device<Self>, mtu: u32, rtnl: &Rtnl) -> Result {
         let data = dev.data();
         let shared = data.connected()?;
+        xdp::check_new_mtu(dev, mtu)?;
         let config = present_config(&shared)?;
         let old = dev.mtu();
         let vf = data.bond.vf.get();
@@ -515,6 +499,49 @@ impl Driver for Netvsc {
     }
 }
 
+/// The VF, if packets are to be transmitted on it.
+pub(crate) fn vf_in_use<'a>(
+    dev: &'a Device<Netvsc>,
+    guard: &'a rcu::Guard,
+) -> Option<&'a net::NetDevice> {
+    let bond = &dev.data().bond;
+    if !bond.data_path_is_vf.load(Relaxed) {
+        return None;
+    }
+    bond.vf
+        .borrow(guard)
+        .filter(|vf| vf.is_running() && vf.has_carrier() && !dev.is_netpoll_transmitting())
+}
+
+/// Transmits a packet by the path in use.
+pub(crate) fn xmit(
+    dev: &Device<Netvsc>,
+    queue: &mut TxQueue<'_>,
+    skb: SkBuff,
+    guard: &rcu::Guard,
+) -> Xmit {
+    let data = dev.data();
+    if let Some(vf) = vf_in_use(dev, guard) {
+        let len = skb.len();
+        let (verdict, taken) = Xmit::on(vf, skb);
+        let counters = &data.statistics.vf;
+        if taken {
+            counters.add::<{ stats::vf::TX_PACKETS }>(1);
+            counters.add::<{ stats::vf::TX_BYTES }>(len.into());
+        } else {
+            counters.add::<{ stats::vf::TX_DROPPED }>(1);
+        }
+        return verdict;
+    }
+    match data.shared.borrow(guard) {
+        Some(shared) => tx::transmit(dev, shared, queue, skb, guard),
+        None => {
+            data.statistics.tx_dropped.add(1);
+            Xmit::Done
+        }
+    }
+}
+
 /// Selects a queue of the synthetic path: the one that the socket uses, the one that a forwarded
 /// packet came by, or one from the host's table.
 fn pick_queue(dev: &Device<Netvsc>, skb: &mut SkBuff) -> u16 {
@@ -542,8 +569,8 @@ fn pick_queue(dev: &Device<Netvsc>, skb: &mut SkBuff) -> u16 {
     queue
 }
 
-/// The hash that selects the queue.
-fn tx_hash(data: &Netvsc, skb: &mut SkBuff) -> u32 {
+/// The hash that selects the queue. It stays with the packet.
+pub(crate) fn tx_hash(data: &Netvsc, skb: &mut SkBuff) -> u32 {
     let Some(keys) = skb.flow_keys() else {
         return 0;
     };

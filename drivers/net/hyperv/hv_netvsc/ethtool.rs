@@ -46,7 +46,7 @@ use crate::{
     tx::checksum_bit, //
 };
 
-/// Counters of a queue. Those of XDP stay zero.
+/// Counters of a queue.
 const QUEUE_STATS: usize = 8;
 
 /// Counters of a CPU.
@@ -131,12 +131,12 @@ impl Ethtool for Netvsc {
             [
                 queue.tx_packets.get(),
                 queue.tx_bytes.get(),
-                0,
+                queue.xdp_xmit.get(),
                 queue.rx_packets.get(),
                 queue.rx_bytes.get(),
-                0,
-                0,
-                0,
+                queue.xdp_drop.get(),
+                queue.xdp_redirect.get(),
+                queue.xdp_tx.get(),
             ]
         });
         let per_cpu = net::present_cpus().flat_map(|cpu| {

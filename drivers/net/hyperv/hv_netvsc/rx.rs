@@ -42,7 +42,8 @@ use net::{
     Poll,
     PollContext,
     Polled,
-    RxInfo, //
+    RxInfo,
+    SkBuff, //
 };
 use vmbus::{
     Packet,
@@ -63,7 +64,10 @@ use crate::{
         traced,
         MESSAGE_MAX, //
     },
-    tx, vf,
+    tx,
+    vf,
+    xdp,
+    xdp::Outcome, //
 };
 
 /// Most bytes of per-packet information of a received packet.
@@ -74,6 +78,9 @@ const OWED_MAX: usize = 512;
 
 /// As many are collected before they are sent.
 const OWED_BATCH: usize = 64;
+
+/// Packets to send back that are collected.
+const SENT_BACK_MAX: usize = 64;
 
 /// What the poll of a channel shares with others.
 pub(crate) struct RxShared {
@@ -100,6 +107,14 @@ impl RxShared {
     }
 }
 
+/// Where a packet comes from.
+struct Source<'a> {
+    shared: &'a RxShared,
+    context: &'a PollContext<'a, Netvsc>,
+    buffer: &'a RecvBuffer,
+    guard: &'a rcu::Guard,
+}
+
 /// A fragment of a packet, in the receive buffer.
 #[derive(Clone, Copy)]
 struct Fragment {
@@ -119,6 +134,8 @@ pub(crate) struct RxPoll {
     ppis: [u8; PPI_MAX],
     /// Room for a control message.
     message: KVVec<u8>,
+    /// Packets that an XDP program sends back.
+    sent_back: KVec<SkBuff>,
 }
 
 impl RxPoll {
@@ -129,6 +146,7 @@ impl RxPoll {
             info: PacketInfo::default(),
             ppis: [0; PPI_MAX],
             message: KVVec::from_elem(0, MESSAGE_MAX, GFP_KERNEL)?,
+            sent_back: KVec::with_capacity(SENT_BACK_MAX, GFP_KERNEL)?,
         })
     }
 
@@ -190,6 +208,9 @@ impl Poll for RxPoll {
             work += self.process(shared, context, &ring, &packet, &guard);
         }
         drop(reader);
+        if !self.sent_back.is_empty() {
+            xdp::send_back(context.device(), shared.index, &mut self.sent_back, &guard);
+        }
         let again = self.pay(shared, context.device(), &ring).is_err() && !ring.is_rescinded();
         Polled {
             // A message can have more packets than the budget.
@@ -319,7 +340,13 @@ impl RxPoll {
                         traced(&head)
                     });
                     let last = i + 1 == count;
-                    self.message(shared, context, buffer, &bytes, offset, last)
+                    let source = Source {
+                        shared,
+                        context,
+                        buffer,
+                        guard,
+                    };
+                    self.message(&source, &bytes, offset, last)
                 });
             if handled.is_err() {
                 // An incomplete packet is given up.
@@ -340,9 +367,7 @@ impl RxPoll {
     /// Handles an RNDIS message in the receive buffer.
     fn message(
         &mut self,
-        shared: &RxShared,
-        context: &PollContext<'_, Netvsc>,
-        buffer: &RecvBuffer,
+        source: &Source<'_>,
         bytes: &SharedBytes<'_>,
         offset: u32,
         last: bool,
@@ -351,7 +376,7 @@ impl RxPoll {
         part(bytes, 0, &mut head)?;
         let (kind, len) = rndis::header(&head, bytes.len()).map_err(|_| EINVAL)?;
         if kind == MessageType::PACKET {
-            return self.packet(shared, context, buffer, bytes, offset, last);
+            return self.packet(source, bytes, offset, last);
         }
 
         // Whatever else there is, is small. An indication can be longer than it says.
@@ -362,14 +387,15 @@ impl RxPoll {
         };
         let message = self.message.get_mut(..copy).ok_or(EMSGSIZE)?;
         part(bytes, 0, message)?;
-        let dev = context.device();
+        let dev = source.context.device();
         match kind {
             MessageType::INITIALIZE_COMPLETE
             | MessageType::QUERY_COMPLETE
             | MessageType::SET_COMPLETE => {
                 let answer = rndis::Message::parse(message).map_err(|_| EINVAL)?;
                 let bytes = message.get(..answer.len()).ok_or(EINVAL)?;
-                if shared.connection.rndis.answer(&answer, bytes).is_err() && net_ratelimit() {
+                let rndis = &source.shared.connection.rndis;
+                if rndis.answer(&answer, bytes).is_err() && net_ratelimit() {
                     netdev_err!(
                         dev,
                         "no rndis request found for this response (id {:#x} res type {:#x})\n",
@@ -401,9 +427,7 @@ impl RxPoll {
     /// Handles a packet, or a fragment of one.
     fn packet(
         &mut self,
-        shared: &RxShared,
-        context: &PollContext<'_, Netvsc>,
-        buffer: &RecvBuffer,
+        source: &Source<'_>,
         bytes: &SharedBytes<'_>,
         offset: u32,
         last: bool,
@@ -448,31 +472,52 @@ impl RxPoll {
         if !complete {
             return Ok(());
         }
-        let result = self.deliver(shared, context, buffer);
+        let result = self.deliver(source);
         self.fragments.clear();
         result
     }
 
-    /// Copies a complete packet out of the receive buffer and gives it to the stack.
-    fn deliver(
-        &self,
-        shared: &RxShared,
-        context: &PollContext<'_, Netvsc>,
-        buffer: &RecvBuffer,
-    ) -> Result {
+    /// Copies a complete packet out of the receive buffer and gives it to the stack, unless a
+    /// program decides otherwise.
+    fn deliver(&mut self, source: &Source<'_>) -> Result {
+        let (context, index) = (source.context, source.shared.index);
         let dev = context.device();
         if !dev.is_registered() {
             return Err(ENODEV);
         }
         let statistics = &dev.data().statistics;
+        let stats = statistics.queues.get(usize::from(index)).ok_or(EINVAL)?;
         let len = self.fragments.iter().map(|fragment| fragment.len).sum();
-        let mut skb = context
-            .alloc_skb(len)
-            .ok_or(ENOMEM)
-            .inspect_err(|_| statistics.events.rx_no_memory.add(1))?;
-        for fragment in &self.fragments {
-            skb.append(&buffer.message(fragment.offset, fragment.len)?)?;
-        }
+        let fragments = || {
+            let pieces = self.fragments.iter();
+            pieces.map(|fragment| source.buffer.message(fragment.offset, fragment.len))
+        };
+        let no_memory = |e: &Error| {
+            if *e == ENOMEM {
+                statistics.events.rx_no_memory.add(1);
+            }
+        };
+        let outcome = match dev.data().program.borrow(source.guard) {
+            None => {
+                let mut skb = context
+                    .alloc_skb(len)
+                    .ok_or(ENOMEM)
+                    .inspect_err(no_memory)?;
+                for fragment in fragments() {
+                    skb.append(&fragment?)?;
+                }
+                Outcome::Pass(skb)
+            }
+            Some(program) => xdp::run(context, program, stats, len, source.guard, |frame| {
+                fragments().try_for_each(|fragment| frame.append(&fragment?))
+            })
+            .inspect_err(no_memory)?,
+        };
+        let (mut skb, send_back) = match outcome {
+            Outcome::Pass(skb) => (skb, false),
+            Outcome::Transmit(skb) => (skb, true),
+            Outcome::Gone => return Ok(()),
+        };
 
         let checksum = self.info.checksum.map(RxChecksum);
         let has = |flags| checksum.is_some_and(|checksum| checksum.has(flags));
@@ -486,17 +531,24 @@ impl RxPoll {
                 .hash
                 .filter(|_| features.contains(Features::RXHASH)),
             vlan_tci: self.info.vlan.map(|vlan| vlan.tci()),
-            queue: shared.index,
+            queue: index,
         };
         let destination = skb.received(dev, &info)?;
-        if let Some(stats) = statistics.queues.get(usize::from(shared.index)) {
-            stats.rx_packets.add(1);
-            stats.rx_bytes.add(len.into());
-            if destination != Destination::Unicast {
-                stats.rx_multicast.add(1);
-            }
+        stats.rx_packets.add(1);
+        stats.rx_bytes.add(len.into());
+        if destination != Destination::Unicast {
+            stats.rx_multicast.add(1);
         }
-        context.receive(skb);
+        if !send_back {
+            context.receive(skb);
+            return Ok(());
+        }
+        stats.xdp_tx.add(1);
+        if self.sent_back.len() == SENT_BACK_MAX {
+            xdp::send_back(dev, index, &mut self.sent_back, source.guard);
+        }
+        // There is room now.
+        let _ = self.sent_back.push_within_capacity(skb);
         Ok(())
     }
 }

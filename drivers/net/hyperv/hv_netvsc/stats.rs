@@ -97,6 +97,14 @@ pub(crate) struct QueueStats {
     pub(crate) rx_bytes: Counter,
     /// Broadcast and multicast packets received.
     pub(crate) rx_multicast: Counter,
+    /// Received frames that an XDP program dropped.
+    pub(crate) xdp_drop: Counter,
+    /// Received frames that it redirected.
+    pub(crate) xdp_redirect: Counter,
+    /// Received frames that it sent back.
+    pub(crate) xdp_tx: Counter,
+    /// Frames transmitted that were redirected to the device.
+    pub(crate) xdp_xmit: Counter,
     /// CPU of the queue's channel.
     pub(crate) cpu: Counter,
 }

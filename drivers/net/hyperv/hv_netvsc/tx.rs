@@ -438,6 +438,29 @@ pub(crate) fn transmit(
     })
 }
 
+/// Sends what is left of a batch.
+pub(crate) fn flush(
+    dev: &Device<Netvsc>,
+    shared: &Shared,
+    queue: &mut TxQueue<'_>,
+    guard: &rcu::Guard,
+) {
+    let index = queue.index();
+    if let (Some(own), Some(buffer)) = (
+        shared.queues.get(usize::from(index)),
+        shared.send.borrow(guard),
+    ) {
+        let batch = own.tx.batch.get(queue).and_then(|batch| batch.take());
+        let sender = Sender {
+            dev,
+            shared,
+            state: &own.tx,
+            index,
+        };
+        sender.flush(queue, buffer, batch);
+    }
+}
+
 /// Headers of a packet, ready but for the padding.
 struct Headers {
     bytes: [u8; HEADERS_MAX],

@@ -54,7 +54,8 @@ use crate::{
         DEVICES, //
     },
     nvsp,
-    tx, //
+    tx,
+    xdp, //
 };
 
 /// How long after joining a VF is set up: its driver and user space have their say first.
@@ -190,6 +191,7 @@ fn register(vf: &NetDevice, rtnl: &Rtnl) -> Option<DeviceRef<Netvsc>> {
         dev.set_needed_headroom(vf.needed_headroom(), rtnl);
     }
     vf.want_features(dev.features(), rtnl);
+    xdp::vf_joined(&dev, vf, rtnl);
     Some(dev)
 }
 
@@ -367,6 +369,7 @@ pub(crate) fn release(dev: &Device<Netvsc>, rtnl: &Rtnl) {
             _ => {}
         }
     }
+    xdp::vf_leaves(dev, &vf, rtnl);
     bond.associated.reinit();
     let joined = bond.joined.lock().take();
     if let Some(joined) = joined {
