@@ -8,6 +8,7 @@
 #   build/      KDIR: the headers package and the Rust metadata it lacks
 #   image/      the unpacked image packages: vmlinuz and the stock modules
 #   scripts/    checkpatch.pl and what it reads
+#   selftests/  the kernel's tests of network drivers, and what they are made of
 #
 # usage: kernel-tree.sh [--update]
 #
@@ -166,6 +167,17 @@ metadata() {
 	rm "$tmp/symbols" "$tmp/missing"
 }
 
+# In the tree of the kernel's source, where the tests find each other.
+selftests() {
+	local tests=tools/testing/selftests
+	mkdir "$tmp/selftests"
+	(
+		cd "$tmp/source"
+		cp -r --parents $tests/net/lib $tests/drivers/net/lib $tests/drivers/net/*.{py,c} \
+			$tests/*.h tools/net/ynl/pyynl Documentation/netlink/specs "$tmp/selftests/"
+	)
+}
+
 # One folder, which may be moved: nothing in it names its path.
 assemble() {
 	local headers=$tmp/headers/usr/src/linux-headers-$release
@@ -189,6 +201,7 @@ assemble() {
 	cp "$tmp"/source/rust/kernel/generated_arch_*_asm.rs "$tmp/build/rust/kernel/"
 	cp "$tmp/source/.clippy.toml" "$tmp/source/.rustfmt.toml" "$tmp/common/"
 	cp "$tmp"/source/scripts/{checkpatch.pl,spelling.txt,const_structs.checkpatch} "$tmp/scripts/"
+	selftests
 	rm -rf "$tmp/source"
 	echo "$release" >"$tmp/release"
 }
