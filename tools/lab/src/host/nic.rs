@@ -42,6 +42,10 @@ const VF_SPEED: u32 = 100_000;
 const MAC: [u8; 6] = [0x00, 0x0d, 0x3a, 0xf5, 0x76, 0x00];
 /// The tap in the peer's network namespace.
 const TAP: &str = "peer";
+/// The bridge there, when NICs share a network.
+const BRIDGE: &str = "lan";
+/// What the ports of the bridge let through: the largest frames that a guest is likely to be set up for.
+const BRIDGE_MTU: &str = "9216";
 /// Where network namespaces have their names.
 const NAMESPACES: &str = "/run/netns";
 /// What a command in the peer's namespace may take.
@@ -140,10 +144,21 @@ impl LabNic {
         if let Some(alias) = &spec.alias {
             config.friendly_name.clone_from(alias);
         }
-        let peer = Peer::new(spec.index.unwrap_or(number))?;
+        let index = spec.index.unwrap_or(number);
+        let peer = match spec.lan {
+            None => Peer::new(index)?,
+            Some(lan) => Peer::shared(lan),
+        };
+        let tap = match spec.lan {
+            None => TAP.to_owned(),
+            Some(_) => format!("{TAP}{index}"),
+        };
         let uplink =
-            Uplink::tap(TAP, Some(&peer.path())).map_err(|error| format!("{name}: {error}"))?;
-        peer.bring_up()?;
+            Uplink::tap(&tap, Some(&peer.path())).map_err(|error| format!("{name}: {error}"))?;
+        match spec.lan {
+            None => peer.bring_up()?,
+            Some(_) => peer.join(&tap)?,
+        }
         let port = SwitchPort::new(&name, mac, uplink, &devices.counters).map_err(failed)?;
         let nic = Nic::new(config, port, devices.log.clone(), &devices.counters).map_err(failed)?;
 
@@ -560,6 +575,8 @@ impl LabNic {
 struct Peer {
     name: String,
     index: usize,
+    /// Another NIC's, which takes care of it.
+    shared: bool,
 }
 
 /// The name of a peer's namespace, unlike that of any other lab on this machine.
@@ -602,10 +619,20 @@ impl Peer {
         let peer = Self {
             name: peer_name(std::process::id(), index),
             index,
+            shared: false,
         };
         remove_stale_peers();
         ip(&["netns", "add", &peer.name])?;
         Ok(peer)
+    }
+
+    /// The peer of an earlier NIC.
+    fn shared(index: usize) -> Self {
+        Self {
+            name: peer_name(std::process::id(), index),
+            index,
+            shared: true,
+        }
     }
 
     fn path(&self) -> PathBuf {
@@ -633,25 +660,51 @@ impl Peer {
 
     /// Gives the tap its addresses.
     fn bring_up(&self) -> Result<(), String> {
-        let name = self.name.as_str();
+        self.ip(&["link", "set", "lo", "up"])?;
+        self.give_addresses(TAP)
+    }
+
+    fn give_addresses(&self, interface: &str) -> Result<(), String> {
         let v4 = format!("10.0.{}.1/24", self.index);
         let v6 = format!("fd00:{}::1/64", self.index);
-        for args in [
-            &["-n", name, "link", "set", "lo", "up"][..],
-            &["-n", name, "link", "set", TAP, "up"],
-            &["-n", name, "addr", "add", &v4, "dev", TAP],
-            &["-n", name, "addr", "add", &v6, "dev", TAP, "nodad"],
-        ] {
-            ip(args)?;
+        self.ip(&["link", "set", interface, "up"])?;
+        self.ip(&["addr", "add", &v4, "dev", interface])?;
+        self.ip(&["addr", "add", &v6, "dev", interface, "nodad"])
+    }
+
+    /// Puts the tap of one more NIC on the network of the first: on a bridge, which has the addresses.
+    fn join(&self, tap: &str) -> Result<(), String> {
+        if self.ip(&["link", "show", BRIDGE]).is_err() {
+            self.ip(&[
+                "link",
+                "add",
+                BRIDGE,
+                "type",
+                "bridge",
+                "mcast_snooping",
+                "0",
+            ])?;
+            self.ip(&["addr", "flush", "dev", TAP])?;
+            self.ip(&["link", "set", TAP, "mtu", BRIDGE_MTU, "master", BRIDGE])?;
+            self.ip(&["link", "set", BRIDGE, "mtu", "1500"])?;
+            self.give_addresses(BRIDGE)?;
         }
-        Ok(())
+        self.ip(&[
+            "link", "set", tap, "mtu", BRIDGE_MTU, "master", BRIDGE, "up",
+        ])
+    }
+
+    fn ip(&self, args: &[&str]) -> Result<(), String> {
+        ip(&[&["-n", &self.name], args].concat())
     }
 }
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // It may have been deleted by hand.
-        let _ = ip(&["netns", "delete", &self.name]);
+        if !self.shared {
+            // It may have been deleted by hand.
+            let _ = ip(&["netns", "delete", &self.name]);
+        }
     }
 }
 

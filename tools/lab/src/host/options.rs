@@ -10,10 +10,11 @@ use vmbus_host::{Config, Guid, Version};
 /// The host's part of the command line.
 #[derive(Debug, Clone, Args)]
 pub struct HostArgs {
-    /// A NIC: KEY=VALUE,… of mac, instance, serial, index, channels, alias, vf=mana|later|none, bus, queues, slot, vf-mac; or `none`
+    /// A NIC: KEY=VALUE,… of mac, instance, serial, index, lan, channels, alias, vf=mana|later|none, bus, queues, slot, vf-mac; or `none`
     ///
     /// `mac`: address; `instance`: GUID, made of the address if not given; `serial`: pairs the NIC with its VF; `index`:
-    /// its peer is in the network namespace hvlab<PID>-<index>; `channels`: most channels; `alias`: what the host calls it; `vf`: whether it has a VF
+    /// its peer is in the network namespace hvlab<PID>-<index>; `lan`:
+    /// it has no peer, but is on one network with the earlier NIC of that index and its peer; `channels`: most channels; `alias`: what the host calls it; `vf`: whether it has a VF
     /// at boot; `bus`: instance GUID of the VF's bus, whose third word becomes the PCI domain; `queues`: of the VF; `slot`: another
     /// serial number than the NIC's for the VF; `vf-mac`: another address than the NIC's for the VF.
     /// Repeat the option for more NICs. Without it there is one NIC with a VF.
@@ -48,6 +49,8 @@ pub struct Spec {
     pub serial: Option<u32>,
     /// Number of the peer's network namespace.
     pub index: Option<usize>,
+    /// Index of the NIC whose network it is on.
+    pub lan: Option<usize>,
     /// Most channels.
     pub channels: Option<u16>,
     /// What the host calls it.
@@ -112,6 +115,7 @@ impl FromStr for NicOption {
                     .map(|guid| spec.instance = Some(guid)),
                 "serial" => number(value, 1..=u32::MAX).map(|serial| spec.serial = Some(serial)),
                 "index" => number(value, 0..=255).map(|index| spec.index = Some(index)),
+                "lan" => number(value, 0..=255).map(|lan| spec.lan = Some(lan)),
                 "channels" => number(value, 1..=64).map(|channels| spec.channels = Some(channels)),
                 "alias" => Some(spec.alias = Some(value.to_owned())),
                 "slot" => number(value, 0..=u32::MAX).map(|slot| spec.slot = Some(slot)),
@@ -263,7 +267,7 @@ mod tests {
         let args = parse(&[
             "--nic=mac=60:45:bd:e9:60:a3,serial=7,vf=mana,bus=e9ac9b28-cf63-4466-9ae3-4b849c3ee03b",
             "--nic=",
-            "--nic=index=3,channels=4,queues=2,vf=later",
+            "--nic=index=3,lan=0,channels=4,queues=2,vf=later",
             "--nic=none",
         ])
         .unwrap();
@@ -277,6 +281,7 @@ mod tests {
             (nics[2].index, nics[2].channels, nics[2].queues),
             (Some(3), Some(4), Some(2))
         );
+        assert_eq!((nics[1].lan, nics[2].lan), (None, Some(0)));
 
         let again = args.to_args();
         let again: Vec<&str> = again.iter().map(String::as_str).collect();
