@@ -28,7 +28,8 @@ use kernel::{
     driver,
     error::{
         from_result,
-        to_result, //
+        to_result,
+        VTABLE_DEFAULT_ERROR, //
     },
     prelude::*,
     sync::aref::AlwaysRefCounted,
@@ -133,6 +134,11 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
             (*hdrv.get()).name = name.as_char_ptr();
             (*hdrv.get()).probe = Some(Self::probe_callback);
             (*hdrv.get()).remove = Some(Self::remove_callback);
+            // The bus refuses to suspend the machine when there is a driver without these.
+            if T::HAS_SUSPEND && T::HAS_RESUME {
+                (*hdrv.get()).suspend = Some(Self::suspend_callback);
+                (*hdrv.get()).resume = Some(Self::resume_callback);
+            }
             (*hdrv.get()).id_table = T::ID_TABLE.as_ptr();
             (*hdrv.get()).driver.probe_type = T::PROBE_TYPE.to_raw();
         }
@@ -181,6 +187,39 @@ impl<T: Driver> Adapter<T> {
         let data = unsafe { dev.drvdata_borrow::<T::Data<'_>>() };
 
         T::unbind(hdev, data);
+    }
+
+    extern "C" fn suspend_callback(hdev: *mut bindings::hv_device) -> c_int {
+        // SAFETY: The bus calls this with a valid `struct hv_device`, to which this driver is
+        // bound.
+        let (hdev, data) = unsafe { Self::bound(&hdev) };
+
+        from_result(|| T::suspend(hdev, data).map(|()| 0))
+    }
+
+    extern "C" fn resume_callback(hdev: *mut bindings::hv_device) -> c_int {
+        // SAFETY: As for suspending.
+        let (hdev, data) = unsafe { Self::bound(&hdev) };
+
+        from_result(|| T::resume(hdev, data).map(|()| 0))
+    }
+
+    /// The device and the driver's data, in a callback for a bound device.
+    ///
+    /// # Safety
+    ///
+    /// `hdev` must be a valid device that this driver has probed successfully. The device must stay
+    /// bound, and its lock held, as long as `hdev` is borrowed.
+    unsafe fn bound(
+        hdev: &*mut bindings::hv_device,
+    ) -> (&Device<device::CoreInternal<'_>>, Pin<&T::Data<'_>>) {
+        // SAFETY: By the safety requirements the device is valid.
+        let hdev = unsafe { &*(*hdev).cast::<Device<device::CoreInternal<'_>>>() };
+        let dev: &device::Device<device::CoreInternal<'_>> = hdev.as_ref();
+
+        // SAFETY: The device was probed successfully, hence `Device::set_drvdata()` was called with
+        // a `Pin<KBox<T::Data<'_>>>`.
+        (hdev, unsafe { dev.drvdata_borrow::<T::Data<'_>>() })
     }
 
     /// The driver's information about the table entry at `id`.
@@ -272,6 +311,9 @@ impl ProbeType {
 }
 
 /// The VMBus driver trait.
+///
+/// A driver that implements [`suspend`](Self::suspend) implements [`resume`](Self::resume), too.
+#[vtable]
 pub trait Driver {
     /// The type holding information about each device id supported by the driver.
     type IdInfo: 'static;
@@ -300,6 +342,35 @@ pub trait Driver {
     /// does not need the device belongs into `Drop` of the private data.
     fn unbind<'bound>(dev: &'bound Device<device::Core<'_>>, this: Pin<&Self::Data<'bound>>) {
         let _ = (dev, this);
+    }
+
+    /// VMBus driver suspend.
+    ///
+    /// Called before the memory of the machine is saved, before the machine is switched off after
+    /// that, and before a saved memory is restored: the device shall not use its channels until
+    /// [`Self::resume`]. The bus breaks its contact with the host afterwards. Runs late, when user
+    /// space and device interrupts are stopped already; those of the bus still come. An error keeps
+    /// the machine from being suspended.
+    ///
+    /// No driver with devices must be without this if the machine is to be suspended.
+    fn suspend<'bound>(
+        dev: &'bound Device<device::Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        let _ = (dev, this);
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
+
+    /// VMBus driver resume.
+    ///
+    /// Called when the bus has made contact again and the host has offered its devices, maybe
+    /// another host than before. After an error the device stays bound and suspended.
+    fn resume<'bound>(
+        dev: &'bound Device<device::Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        let _ = (dev, this);
+        build_error!(VTABLE_DEFAULT_ERROR)
     }
 }
 

@@ -65,6 +65,7 @@ vmbus::vmbus_device_table!(
 /// The driver.
 pub(crate) struct HvPci;
 
+#[vtable]
 impl vmbus::Driver for HvPci {
     type IdInfo = ();
     type Data<'bound> = Data;
