@@ -126,6 +126,9 @@ pub(crate) struct Netvsc {
     /// The owner of the connection to the host, if there is one. Changes under the RTNL.
     #[pin]
     connection: Mutex<Option<Connection>>,
+    /// Settings of the connection that there was when the machine was suspended.
+    #[pin]
+    suspended: Mutex<Option<Config>>,
     /// The connection, for those who use it.
     pub(crate) shared: RcuSlot<Arc<Shared>>,
     /// The VF.
@@ -169,6 +172,7 @@ impl Netvsc {
             rx_mode_work <- net::DelayedWork::new(),
             hv,
             connection <- new_mutex!(None, "hv_netvsc::connection"),
+            suspended <- new_mutex!(None, "hv_netvsc::suspended"),
             shared: RcuSlot::new(),
             bond <- Bond::new(),
             link <- Link::new(),
@@ -642,9 +646,10 @@ pub(crate) struct NetvscDriver;
 
 /// What belongs to a device as long as it is bound.
 pub(crate) struct Bound<'bound> {
-    _registration: Registration<'bound, Netvsc>,
+    registration: Registration<'bound, Netvsc>,
 }
 
+#[vtable]
 impl vmbus::Driver for NetvscDriver {
     type IdInfo = ();
     type Data<'bound> = Bound<'bound>;
@@ -662,6 +667,44 @@ impl vmbus::Driver for NetvscDriver {
     fn unbind<'bound>(_hv: &'bound vmbus::Device<Core<'_>>, _this: Pin<&Self::Data<'bound>>) {
         // Dropping the registration does all.
     }
+
+    fn suspend<'bound>(
+        _hv: &'bound vmbus::Device<Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        suspend(&this.registration)
+    }
+
+    fn resume<'bound>(
+        _hv: &'bound vmbus::Device<Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        resume(&this.registration)
+    }
+}
+
+/// Ends the connection before the machine is suspended.
+fn suspend(dev: &Device<Netvsc>) -> Result {
+    // The host tells of the link again when there is a new connection.
+    dev.cancel::<{ work::LINK }>();
+    let rtnl = rtnl::lock();
+    dev.cancel::<{ work::NAMESPACE }>();
+    let data = dev.data();
+    let shared = data.connected()?;
+    let config = present_config(&shared)?;
+    detach(dev, shared, &rtnl)?;
+    *data.suspended.lock() = Some(config);
+    Ok(())
+}
+
+/// Makes a connection with the settings that there were.
+fn resume(dev: &Device<Netvsc>) -> Result {
+    let rtnl = rtnl::lock();
+    let data = dev.data();
+    // Every new connection begins so. The next event of the VF, which is resumed later, changes it.
+    data.bond.data_path_is_vf.store(false, Relaxed);
+    let config = data.suspended.lock().take().ok_or(ENODEV)?;
+    attach(dev, &config, &rtnl)
 }
 
 fn probe<'bound>(hv: &'bound vmbus::Device<Core<'_>>) -> Result<Bound<'bound>> {
@@ -724,7 +767,5 @@ fn probe<'bound>(hv: &'bound vmbus::Device<Core<'_>>) -> Result<Bound<'bound>> {
     })?;
     vf::adopt_present(&registration, &rtnl);
     drop(rtnl);
-    Ok(Bound {
-        _registration: registration,
-    })
+    Ok(Bound { registration })
 }
