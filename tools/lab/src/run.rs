@@ -86,6 +86,10 @@ pub struct Args {
     /// Memory of the guest in MiB
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
     pub memory: u32,
+    /// A file that the guest has as persistent memory, /dev/pmem0, and that keeps what is written
+    /// to it when the guest ends; its length is a multiple of 2 MiB
+    #[arg(long, value_name = "FILE")]
+    pub pmem: Option<PathBuf>,
     /// Words to add to the guest's kernel command line
     #[arg(
         long,
@@ -330,6 +334,7 @@ pub fn run(args: &Args) -> Result<i32> {
         cmdline: args.cmdline(),
         cpus: args.cpus,
         memory: u64::from(args.memory) << 20,
+        pmem: args.pmem.clone(),
         console,
         agent: args.agent.clone(),
         low_mmio: vmm::LOW_MMIO,
@@ -363,6 +368,12 @@ pub fn run(args: &Args) -> Result<i32> {
 /// Runs level 1 in our place. Gives the command's exit status.
 pub fn run_in_level1(args: &Args) -> Result<i32> {
     args.check()?;
+    if args.pmem.is_some() {
+        return Err(
+            "--pmem needs usable KVM on this machine: an emulated one does not keep the file"
+                .into(),
+        );
+    }
     let _terminal = if args.console.is_none() {
         RawTerminal::new()
     } else {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-//! ACPI tables: RSDP, XSDT, FADT with DSDT and FACS, MADT.
+//! ACPI tables: RSDP, XSDT, FADT with DSDT and FACS, MADT, and NFIT for persistent memory.
 //!
-//! The DSDT holds what a guest needs to find the VMBus and to switch itself off, nothing more.
+//! The DSDT holds what a guest needs to find the VMBus and persistent memory and to switch itself off, nothing more.
 
 use crate::layout;
 
@@ -11,7 +11,7 @@ const CREATOR_ID: &[u8; 4] = b"HVLB";
 /// Length of the header every table begins with.
 const HEADER: usize = 36;
 
-/// An MMIO window of the VMBus device.
+/// A range of addresses, such as an MMIO window of the VMBus device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     /// First address.
@@ -29,6 +29,8 @@ pub struct Config {
     pub low_mmio: Window,
     /// MMIO window above 4 GiB.
     pub high_mmio: Window,
+    /// Persistent memory.
+    pub pmem: Option<Window>,
 }
 
 /// The tables as one block, to be placed at a given address.
@@ -203,8 +205,13 @@ fn dsdt(config: &Config) -> Vec<u8> {
         aml::device(b"VMBS", &vmbus),
     ]
     .concat();
+    let mut devices = aml::device(b"VMOD", &module);
+    if config.pmem.is_some() {
+        // What is there is in the NFIT.
+        devices.extend(aml::device(b"NVDR", &aml::name_string(b"_HID", "ACPI0012")));
+    }
     let body = [
-        aml::scope(b"\\_SB_", &aml::device(b"VMOD", &module)),
+        aml::scope(b"\\_SB_", &devices),
         aml::name(
             b"_S5_",
             &aml::package(&[SLEEP_TYPE_OFF, SLEEP_TYPE_OFF, 0, 0]),
@@ -288,6 +295,27 @@ fn madt(cpus: u32) -> Vec<u8> {
     table(b"APIC", 4, &body)
 }
 
+fn nfit(pmem: Window) -> Vec<u8> {
+    /// 66f0d379-b4f3-4074-ac43-0d3318b78cdb: byte-addressable persistent memory.
+    const PERSISTENT: [u8; 16] = [
+        0x79, 0xd3, 0xf0, 0x66, 0xf3, 0xb4, 0x74, 0x40, 0xac, 0x43, 0x0d, 0x33, 0x18, 0xb7, 0x8c,
+        0xdb,
+    ];
+    /// Write-back cached, non-volatile.
+    const ATTRIBUTES: u64 = (1 << 3) | (1 << 15);
+    let mut body = vec![0; 4];
+    // A range of system physical addresses, number 1, of no proximity domain.
+    for field in [0u16, 56, 1, 0] {
+        body.extend(field.to_le_bytes());
+    }
+    body.extend([0; 8]);
+    body.extend(PERSISTENT);
+    for field in [pmem.base, pmem.len, ATTRIBUTES] {
+        body.extend(field.to_le_bytes());
+    }
+    table(b"NFIT", 1, &body)
+}
+
 /// Builds all tables for a block at `base`.
 pub fn build(base: u64, config: &Config) -> Tables {
     let mut bytes = Vec::new();
@@ -302,11 +330,10 @@ pub fn build(base: u64, config: &Config) -> Tables {
     let facs = place(facs());
     let fadt = place(fadt(facs, dsdt));
     let madt = place(madt(config.cpus));
-    let xsdt = place(table(
-        b"XSDT",
-        1,
-        &[fadt.to_le_bytes(), madt.to_le_bytes()].concat(),
-    ));
+    let mut list = vec![fadt, madt];
+    list.extend(config.pmem.map(|pmem| place(nfit(pmem))));
+    let list: Vec<_> = list.into_iter().flat_map(u64::to_le_bytes).collect();
+    let xsdt = place(table(b"XSDT", 1, &list));
     let mut rsdp = Vec::new();
     rsdp.extend(b"RSD PTR ");
     rsdp.push(0);
@@ -337,6 +364,7 @@ mod tests {
             base: 0x10_0000_0000,
             len: 0x40_0000_0000,
         },
+        pmem: None,
     };
     const BASE: u64 = 0xe0000;
 
@@ -377,6 +405,29 @@ mod tests {
         let facs = at(&tables, u64_at(fadt, 132));
         assert_eq!((&facs[..4], facs.len()), (&b"FACS"[..], 64));
         assert!(tables.bytes.len() < layout::ACPI_LEN as usize);
+    }
+
+    #[test]
+    fn persistent_memory_has_a_table_and_a_device() {
+        let pmem = Window {
+            base: 0x8_0000_0000,
+            len: 2 << 20,
+        };
+        let tables = build(
+            BASE,
+            &Config {
+                pmem: Some(pmem),
+                ..CONFIG
+            },
+        );
+        let rsdp = &tables.bytes[(tables.rsdp - BASE) as usize..][..36];
+        let xsdt = at(&tables, u64_at(rsdp, 24));
+        let nfit = at(&tables, u64_at(xsdt, 52));
+        assert_eq!((&nfit[..4], sum(nfit), nfit.len()), (&b"NFIT"[..], 0, 96));
+        assert_eq!((u64_at(nfit, 72), u64_at(nfit, 80)), (pmem.base, pmem.len));
+        let has_device = |bytes: &[u8]| bytes.windows(8).any(|part| part == b"ACPI0012");
+        assert!(has_device(&tables.bytes));
+        assert!(!has_device(&build(BASE, &CONFIG).bytes));
     }
 
     #[test]

@@ -65,6 +65,7 @@ const CAN_USE_HEAP: u8 = 1 << 7;
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
+const E820_PMEM: u32 = 7;
 
 /// RAM as (base, length).
 pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {
@@ -85,8 +86,12 @@ fn e820(memory: &GuestMemoryMmap) -> Vec<(u64, u64, u32)> {
     for region in memory.iter() {
         let start = region.start_addr().0.max(layout::HIGH_RAM);
         let end = region.start_addr().0 + region.len();
+        let kind = match region.file_offset() {
+            Some(_) => E820_PMEM,
+            None => E820_RAM,
+        };
         if start < end {
-            map.push((start, end - start, E820_RAM));
+            map.push((start, end - start, kind));
         }
     }
     map
@@ -315,6 +320,7 @@ pub fn registers(entry: u64) -> kvm_regs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::FileOffset;
 
     #[test]
     fn ram_around_the_hole() {
@@ -335,6 +341,28 @@ mod tests {
                 (0, 0x9fc00, E820_RAM),
                 (0xe0000, 0x20000, E820_RESERVED),
                 (0x100000, 63 << 20, E820_RAM)
+            ]
+        );
+    }
+
+    #[test]
+    fn a_file_is_persistent_memory() {
+        let path = std::env::temp_dir().join(format!("vmm-pmem-{}", std::process::id()));
+        let file = File::create_new(&path).unwrap();
+        file.set_len(2 << 20).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let pmem = (GuestAddress(layout::PMEM), 2 << 20);
+        let memory = GuestMemoryMmap::from_ranges_with_files([
+            (GuestAddress(0), 2 << 20, None),
+            (pmem.0, pmem.1, Some(FileOffset::new(file, 0))),
+        ])
+        .unwrap();
+        assert_eq!(
+            e820(&memory)[2..],
+            [
+                (0x100000, 1 << 20, E820_RAM),
+                (layout::PMEM, 2 << 20, E820_PMEM)
             ]
         );
     }

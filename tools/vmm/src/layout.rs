@@ -31,6 +31,9 @@ pub const PCI_HOLE: u64 = 0xc000_0000;
 /// RAM above the hole.
 pub const RAM_ABOVE_4G: u64 = 0x1_0000_0000;
 
+/// Persistent memory, between the RAM and the high MMIO window.
+pub const PMEM: u64 = 0x8_0000_0000;
+
 /// Low MMIO window of the VMBus.
 pub const LOW_MMIO: u64 = 0xe000_0000;
 /// Length of the low window: up to the I/O APIC.

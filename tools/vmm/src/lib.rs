@@ -20,7 +20,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -34,7 +34,7 @@ use kvm_ioctls::{
     Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd,
 };
 use thiserror::Error;
-use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmbus_host::Platform;
 use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
@@ -152,6 +152,8 @@ pub struct Config {
     pub cpus: u32,
     /// Memory in bytes.
     pub memory: u64,
+    /// A file that the guest has as persistent memory, a multiple of [`PMEM_UNIT`] long.
+    pub pmem: Option<PathBuf>,
     /// First serial port.
     pub console: Console,
     /// Unix socket to which the second serial port is connected.
@@ -172,6 +174,9 @@ pub const HIGH_MMIO: Window = Window {
     base: layout::HIGH_MMIO,
     len: layout::HIGH_MMIO_LEN,
 };
+
+/// The guest's kernel maps persistent memory in pieces of this size.
+pub const PMEM_UNIT: u64 = 2 << 20;
 
 /// Opens KVM and says what it lacks for us, if anything. Its mere presence proves nothing: there are kinds of
 /// `/dev/kvm` without these.
@@ -283,12 +288,32 @@ impl Vm {
                 "the memory reaches into the high MMIO window".into(),
             ));
         }
-        let memory = GuestMemoryMmap::from_ranges(&ranges)
+        let mut pmem = None;
+        let mut regions: Vec<_> = ranges
+            .iter()
+            .map(|&(base, len)| (base, len, None))
+            .collect();
+        if let Some(path) = &config.pmem {
+            if ram_end > layout::PMEM {
+                return Err(VmError::Config(
+                    "the memory reaches into the persistent memory".into(),
+                ));
+            }
+            let (file, len) = open_pmem(path)?;
+            pmem = Some(Window {
+                base: layout::PMEM,
+                len,
+            });
+            let file = FileOffset::new(file, 0);
+            regions.push((GuestAddress(layout::PMEM), len as usize, Some(file)));
+        }
+        let memory = GuestMemoryMmap::from_ranges_with_files(regions)
             .map_err(|error| VmError::Memory(error.to_string()))?;
         let tables = acpi::Config {
             cpus: config.cpus,
             low_mmio: config.low_mmio,
             high_mmio: config.high_mmio,
+            pmem,
         };
         let entry = boot::load(
             &memory,
@@ -437,6 +462,27 @@ impl Drop for Vm {
 }
 
 /// A VM with memory, interrupt controllers and the MSR filter.
+/// Opens the file that is persistent memory, and tells its length.
+fn open_pmem(path: &Path) -> Result<(File, u64), VmError> {
+    let failed = || VmError::io(path.display().to_string());
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(failed())?;
+    let len = file.metadata().map_err(failed())?.len();
+    let most = layout::HIGH_MMIO - layout::PMEM;
+    if len == 0 || len % PMEM_UNIT != 0 || len > most {
+        return Err(VmError::Config(format!(
+            "{}: {len} bytes: persistent memory is a multiple of {} MiB, at most {} MiB",
+            path.display(),
+            PMEM_UNIT >> 20,
+            most >> 20
+        )));
+    }
+    Ok((file, len))
+}
+
 fn create_vm(kvm_fd: &Kvm, memory: &GuestMemoryMmap) -> Result<VmFd, VmError> {
     let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
     for (slot, region) in (0..).zip(memory.iter()) {
