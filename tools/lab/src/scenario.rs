@@ -22,6 +22,7 @@ mod observe;
 mod one_nic;
 mod reload;
 mod servicing;
+mod suspend;
 mod tap;
 mod traffic;
 mod versions;
@@ -125,7 +126,7 @@ struct Scenario {
 }
 
 /// In the order of their numbers, which start at 1.
-const SCENARIOS: [Scenario; 11] = [
+const SCENARIOS: [Scenario; 12] = [
     Scenario {
         name: "one-nic",
         title: "one NIC, no VF: addresses, traffic, VLAN, MTU, frames of all sizes",
@@ -180,6 +181,11 @@ const SCENARIOS: [Scenario; 11] = [
         name: "observe",
         title: "what can be seen: tracepoints, statistics of queues, debugfs, parameters",
         run: observe::run,
+    },
+    Scenario {
+        name: "suspend",
+        title: "hibernation: the connection ends and is made again, on another host, too",
+        run: suspend::run,
     },
 ];
 

@@ -119,6 +119,8 @@ pub struct Boot {
     /// With our drivers: the kernel's hv_pci has registered before ours, as on a machine
     /// whose command line does not keep it from that.
     pub builtin_pci: bool,
+    /// A file that the guest has as persistent memory.
+    pub pmem: Option<PathBuf>,
     /// More words for the kernel's command line.
     pub append: String,
     /// Newest VMBus version that the host takes.
@@ -136,6 +138,7 @@ impl Boot {
             nics,
             cpus: 1,
             builtin_pci: false,
+            pmem: None,
             append: String::new(),
             vmbus_version: None,
             nvsp_version: None,
@@ -231,6 +234,9 @@ impl Guest {
             if let Some(value) = value {
                 command.args([option, value]);
             }
+        }
+        if let Some(path) = &boot.pmem {
+            command.arg("--pmem").arg(path);
         }
         if boot.builtin_pci {
             command.arg("--builtin-pci");
@@ -415,6 +421,12 @@ impl Guest {
             .spawn()?;
         self.peers.push(child);
         Ok(())
+    }
+
+    /// Waits until the guest has switched itself off.
+    pub fn ended(&self, timeout: Duration) -> Result<()> {
+        let pid = nix::unistd::Pid::from_raw(self.process.id() as i32);
+        super::eventually(timeout, "the guest switches itself off", || Ok(ended(pid)))
     }
 
     /// Ends the virtual machine.
