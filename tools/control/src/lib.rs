@@ -244,6 +244,8 @@ pub enum Fault {
     RndisInitUnanswered,
     /// Synthetic NIC: the setting of an object has no answer
     RndisSetUnanswered,
+    /// Synthetic NIC: the setting of an object is refused
+    RndisSetRefused,
     /// Synthetic NIC: the request for subchannels is refused
     SubchannelsRefused,
     /// Synthetic NIC: a subchannel cannot be opened

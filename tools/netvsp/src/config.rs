@@ -155,7 +155,8 @@ pub enum FaultAction {
     Truncate(usize),
     /// It is sent twice.
     Duplicate,
-    /// The request is refused: that for a buffer or subchannels, and the opening of one.
+    /// The request is refused: that for a buffer or subchannels, the opening of one, and an RNDIS
+    /// SET.
     Refuse,
 }
 

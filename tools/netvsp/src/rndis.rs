@@ -72,7 +72,9 @@ impl Worker {
                     &name,
                     format_args!("oid={oid} length={}", request.info.len()),
                 );
-                let outcome = if set {
+                let outcome = if set && self.refuses(FaultPoint::Rndis(MessageType::SET)) {
+                    Err(Status::FAILURE)
+                } else if set {
                     self.set(oid, request.info).map(|()| Vec::new())
                 } else {
                     self.query(oid, request.info)

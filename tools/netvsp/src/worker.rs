@@ -331,9 +331,8 @@ impl Worker {
     }
 
     /// Whether this request shall be refused.
-    fn refuses(&self, request: MessageType) -> bool {
-        let channel = self.transport.name();
-        self.shared.refuses(channel, FaultPoint::Nvsp(request))
+    pub(crate) fn refuses(&self, request: FaultPoint) -> bool {
+        self.shared.refuses(self.transport.name(), request)
     }
 
     fn send_answer(&mut self, answer: Answer) {
@@ -475,7 +474,7 @@ impl Worker {
         let memory = self
             .transport
             .shared_memory(buffer.gpadl.get())
-            .filter(|_| !self.refuses(MessageType::SEND_RECEIVE_BUFFER));
+            .filter(|_| !self.refuses(FaultPoint::Nvsp(MessageType::SEND_RECEIVE_BUFFER)));
         let settings = self.shared.settings();
         let section = settings
             .receive_section_size
@@ -522,7 +521,7 @@ impl Worker {
                 (u64::from(SEND_SECTION)..=u64::from(nvsp::MAX_SEND_BUFFER + PAGE_SIZE))
                     .contains(&memory.len())
             })
-            .filter(|_| !self.refuses(MessageType::SEND_SEND_BUFFER));
+            .filter(|_| !self.refuses(FaultPoint::Nvsp(MessageType::SEND_SEND_BUFFER)));
         let section = self.shared.settings().send_section_size;
         let section = section.unwrap_or(SEND_SECTION);
         let status = match memory {
@@ -557,7 +556,7 @@ impl Worker {
         let right = request.operation.get() == nvsp::SubchannelOperation::ALLOCATE.0
             && self.version() >= Version::V5
             && wanted > 0
-            && !self.refuses(MessageType::SUBCHANNEL);
+            && !self.refuses(FaultPoint::Nvsp(MessageType::SUBCHANNEL));
         let granted = if right { wanted.min(most) } else { 0 };
         let status = if granted > 0 {
             nvsp::Status::SUCCESS

@@ -478,6 +478,7 @@ impl LabNic {
                 nic(FaultPoint::Rndis(rndis::MessageType::INITIALIZE), mute);
             }
             Fault::RndisSetUnanswered => nic(FaultPoint::Rndis(rndis::MessageType::SET), mute),
+            Fault::RndisSetRefused => nic(FaultPoint::Rndis(rndis::MessageType::SET), refuse),
             Fault::SubchannelsRefused => nic(FaultPoint::Nvsp(Nvsp::SUBCHANNEL), refuse),
             Fault::SubchannelOpenRefused => nic(FaultPoint::SubchannelOpen, refuse),
             Fault::DataPathUnanswered => nic(FaultPoint::Nvsp(Nvsp::SWITCH_DATA_PATH), mute),
