@@ -8,6 +8,7 @@
 
 pub mod client;
 pub mod count;
+pub mod counters;
 pub mod flood;
 pub mod frames;
 pub mod gap;

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
-use lab_agent::{count, flood, frames, netns, serve, tcp, udp};
+use lab_agent::{count, counters, flood, frames, netns, serve, tcp, udp};
 use nix::sys::signal::SigSet;
 use serde::Serialize;
 
@@ -54,6 +54,8 @@ enum Task {
     TcpSend(tcp::SendOptions),
     /// Receive and check a TCP stream
     TcpReceive(tcp::ReceiveOptions),
+    /// Watch an interface's counters
+    Counters(counters::Options),
 }
 
 fn main() -> ExitCode {
@@ -83,6 +85,7 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
         Task::UdpReceive(options) => print(&udp::receive(&options)?)?,
         Task::TcpSend(options) => print(&tcp::send(&options, &*on_interrupt()?)?)?,
         Task::TcpReceive(options) => print(&tcp::receive(&options)?)?,
+        Task::Counters(options) => print(&counters::watch(&options, &*on_interrupt()?)?)?,
     }
     Ok(())
 }
