@@ -234,7 +234,11 @@ pub(crate) fn disable_tx(dev: &Device<Netvsc>, shared: Option<&Shared>) {
 }
 
 /// Lets the host send packets.
-fn open_filter(shared: &Shared) -> Result {
+fn open_filter(dev: &Device<Netvsc>, shared: &Shared) -> Result {
+    if dev.is_promiscuous() {
+        // This filter leaves out what is for others.
+        dev.schedule::<{ work::RX_MODE }>(Delta::ZERO);
+    }
     rndis::set_packet_filter(
         shared,
         PacketFilter::BROADCAST
@@ -270,7 +274,8 @@ pub(crate) fn present_config(shared: &Shared) -> Result<Config> {
     let recv = shared.recv.borrow(&guard).ok_or(ENODEV)?;
     let send = shared.send.borrow(&guard).ok_or(ENODEV)?;
     Ok(Config {
-        channels: shared.num_queues(),
+        // As many as were asked for. If the host gave fewer, it may give more the next time.
+        channels: shared.queues.len() as u32,
         recv_sections: recv.sections,
         recv_section_size: recv.section_size,
         send_sections: send.sections,
@@ -278,12 +283,22 @@ pub(crate) fn present_config(shared: &Shared) -> Result<Config> {
     })
 }
 
-/// Stops everything and ends the connection.
+/// Stops everything and ends the connection. If that fails all is as before.
 fn detach(dev: &Device<Netvsc>, shared: Arc<Shared>, rtnl: &Rtnl) -> Result {
-    dev.cancel::<{ work::SUBCHANNELS }>();
+    let subchannels_pending = dev.cancel::<{ work::SUBCHANNELS }>();
     if dev.is_running() {
         disable_tx(dev, Some(&shared));
-        close_filter(dev, &shared)?;
+        if let Err(e) = close_filter(dev, &shared) {
+            // A host that does not answer may still have heard it.
+            let _ = open_filter(dev, &shared);
+            if !shared.link_down.load(Relaxed) {
+                enable_tx(dev, &shared);
+            }
+            if subchannels_pending {
+                dev.schedule::<{ work::SUBCHANNELS }>(Delta::ZERO);
+            }
+            return Err(e);
+        }
     }
     dev.set_present(false, rtnl);
     drop(shared);
@@ -301,14 +316,14 @@ fn attach(dev: &Device<Netvsc>, config: &Config, rtnl: &Rtnl) -> Result {
     let (connection, _) = Connection::new(dev, hv, config, rtnl)?;
     let shared = connection.shared.clone();
     data.adopt(connection);
-    // If there are no subchannels, one queue has to do.
+    // Fewer queues than wanted have to do.
     let _ = subchannel::set_up(dev, &shared, rtnl);
 
     shared.tx_disabled.store(false, Relaxed);
     dev.set_present(true, rtnl);
     dev.set_carrier(false);
     if dev.is_running() {
-        if let Err(e) = open_filter(&shared) {
+        if let Err(e) = open_filter(dev, &shared) {
             dev.set_present(false, rtnl);
             drop(shared);
             data.disconnect();
@@ -352,7 +367,7 @@ impl Driver for Netvsc {
     fn open(dev: &Device<Self>, rtnl: &Rtnl) -> Result {
         let shared = dev.data().connected()?;
         dev.set_carrier(false);
-        open_filter(&shared).inspect_err(|e| {
+        open_filter(dev, &shared).inspect_err(|e| {
             netdev_err!(dev, "unable to open device (ret {}).\n", e.to_errno());
         })?;
         if !shared.link_down.load(Relaxed) {

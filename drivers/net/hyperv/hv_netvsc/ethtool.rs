@@ -204,11 +204,11 @@ impl Ethtool for Netvsc {
     }
 
     fn rxfh(dev: &Device<Self>, to: &mut Rxfh<'_>, _rtnl: &Rtnl) -> Result {
-        dev.data().connected()?;
+        let shared = dev.data().connected()?;
         let rss = dev.data().rss.lock();
         if let Some(table) = to.table() {
             for (to, entry) in table.iter_mut().zip(&rss.table) {
-                *to = u32::from(*entry);
+                *to = u32::from(subchannel::substitute(&shared, *entry));
             }
         }
         if let Some(key) = to.key() {

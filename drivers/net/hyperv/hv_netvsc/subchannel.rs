@@ -3,8 +3,8 @@
 //! Subchannels: one more channel for each further queue.
 //!
 //! The driver asks for a number of them and the host grants as many or fewer; the bus then offers
-//! them one by one. When all are open the queues are spread over them. If anything goes wrong the
-//! device goes on with its primary channel alone.
+//! them one by one. When all were offered the queues are spread over those that are open. A queue
+//! without a channel of its own transmits on the primary one and receives nothing.
 
 use kernel::{
     prelude::*,
@@ -82,53 +82,49 @@ pub(crate) fn offered(shared: &Arc<Shared>, dev: &Device<Netvsc>, offer: Subchan
     shared.subchannel_event.complete();
 }
 
-/// Waits until `count` subchannels were offered.
-fn wait_for_offers(shared: &Shared, count: u32) -> Result {
+/// Waits until `count` subchannels were offered, and opened or given up.
+fn wait_for_offers(dev: &Device<Netvsc>, shared: &Shared, count: u32) {
     let start = Instant::<Monotonic>::now();
     loop {
         let failed = shared.subchannels_failed.load(Relaxed);
-        if failed != 0 {
-            return Err(EIO);
-        }
-        if shared.subchannels.lock().len() as u32 >= count {
-            return Ok(());
+        if shared.subchannels.lock().len() as u32 + failed >= count {
+            return;
         }
         if start.elapsed() >= OFFER_TIMEOUT {
-            return Err(ETIMEDOUT);
+            netdev_err!(dev, "not all of {} sub channels were offered\n", count);
+            return;
         }
         match shared
             .hv
             .wait_for(&shared.subchannel_event, Delta::from_secs(1))
         {
-            Err(e) if e == ETIMEDOUT => {}
-            other => other?,
+            Err(e) if e != ETIMEDOUT => return,
+            _ => {}
         }
     }
 }
 
 /// Opens the subchannels that the connection can have, and uses them.
+///
+/// Fails only if the kernel cannot have that many queues.
 pub(crate) fn set_up(dev: &Device<Netvsc>, shared: &Shared, rtnl: &Rtnl) -> Result {
     let wanted = shared
         .max_queues
         .load(Relaxed)
         .min(shared.queues.len() as u32);
-    let result = if wanted > 1 {
+    if wanted > 1 {
         shared.wants_subchannels.store(true, Relaxed);
-        let granted = nvsp::request_subchannels(shared, wanted - 1)
-            .inspect_err(|_| netdev_err!(dev, "sub channel request failed\n"))
-            .and_then(|granted| wait_for_offers(shared, granted).map(|()| granted));
-        shared.wants_subchannels.store(false, Relaxed);
-        granted
-    } else {
-        Ok(0)
-    };
-    let queues = match result {
-        Ok(granted) => granted + 1,
-        Err(_) => {
-            shared.max_queues.store(1, Relaxed);
-            1
+        match nvsp::request_subchannels(shared, wanted - 1) {
+            Ok(granted) => wait_for_offers(dev, shared, granted),
+            Err(_) => netdev_err!(dev, "sub channel request failed\n"),
         }
-    };
+        shared.wants_subchannels.store(false, Relaxed);
+    }
+    let last = shared
+        .queues
+        .iter()
+        .rposition(|queue| queue.channel().is_some());
+    let queues = last.unwrap_or(0) as u32 + 1;
     shared.num_queues.store(queues, Relaxed);
     for receiver in shared.subchannels.lock().iter() {
         receiver.bind(rtnl);
@@ -145,8 +141,7 @@ pub(crate) fn set_up(dev: &Device<Netvsc>, shared: &Shared, rtnl: &Rtnl) -> Resu
         }
     }
     spread(dev, shared, rtnl);
-    dev.set_num_queues(queues, rtnl)?;
-    result.map(|_| ())
+    dev.set_num_queues(queues, rtnl)
 }
 
 /// Fills the indirection table, unless the user has set it, and tells the host.
@@ -154,18 +149,33 @@ fn spread(dev: &Device<Netvsc>, shared: &Shared, rtnl: &Rtnl) {
     let queues = shared.num_queues() as u16;
     let keep = dev.is_rxfh_configured(rtnl);
     let mut rss = dev.data().rss.lock();
-    for (i, entry) in rss.table.iter_mut().enumerate() {
-        if !keep {
+    if !keep {
+        for (i, entry) in rss.table.iter_mut().enumerate() {
             *entry = (i % usize::from(queues)) as u16;
-        } else if *entry >= queues {
-            // What the user wanted is not there any more.
-            *entry %= queues;
         }
     }
     if queues > 1 && !rss.table.is_empty() {
         // Without it there still are the channels.
         let _ = set_rss(dev, shared, &rss.table, &rss.key);
     }
+}
+
+/// The channel that stands in for `wanted`, which the user may have set when there were more.
+///
+/// The user's table is kept as it is: it counts again when the channels are there again.
+pub(crate) fn substitute(shared: &Shared, wanted: u16) -> u16 {
+    let is_open = |index: u16| {
+        let queue = shared.queues.get(usize::from(index));
+        queue.is_some_and(|queue| queue.channel().is_some())
+    };
+    if is_open(wanted) {
+        return wanted;
+    }
+    let open = (0..shared.num_queues() as u16).filter(|&index| is_open(index));
+    let count = open.clone().count();
+    open.clone()
+        .nth(usize::from(wanted).checked_rem(count).unwrap_or(0))
+        .unwrap_or(0)
 }
 
 /// Tells the host how to spread received packets.
@@ -175,7 +185,11 @@ pub(crate) fn set_rss(
     table: &[u16],
     key: &[u8; hyperv_wire::ndis::HASH_KEY_SIZE],
 ) -> Result {
-    let status = rndis::set_rss(shared, table, key)?;
+    let mut channels = KVec::with_capacity(table.len(), GFP_KERNEL)?;
+    for entry in table {
+        channels.push(substitute(shared, *entry), GFP_KERNEL)?;
+    }
+    let status = rndis::set_rss(shared, &channels, key)?;
     if status != 0 {
         netdev_err!(dev, "Fail to set RSS parameters:{:#x}\n", status);
         return Err(EINVAL);
