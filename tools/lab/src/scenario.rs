@@ -17,11 +17,9 @@ mod four_nics;
 mod guest;
 mod host;
 pub mod level1;
-mod namespaces;
 mod no_driver;
 mod observe;
 mod one_nic;
-mod reconfigure;
 mod reload;
 mod servicing;
 mod suspend;
@@ -128,7 +126,7 @@ struct Scenario {
 }
 
 /// In the order of their numbers, which start at 1.
-const SCENARIOS: [Scenario; 14] = [
+const SCENARIOS: [Scenario; 12] = [
     Scenario {
         name: "one-nic",
         title: "one NIC, no VF: addresses, traffic, VLAN, MTU, frames of all sizes",
@@ -188,16 +186,6 @@ const SCENARIOS: [Scenario; 14] = [
         name: "suspend",
         title: "hibernation: the connection ends and is made again, on another host, too",
         run: suspend::run,
-    },
-    Scenario {
-        name: "namespaces",
-        title: "the VF follows its NIC into network namespaces, and what user space hears of it",
-        run: namespaces::run,
-    },
-    Scenario {
-        name: "reconfigure",
-        title: "changes under traffic, and a host that refuses them",
-        run: reconfigure::run,
     },
 ];
 
