@@ -19,7 +19,7 @@ use kernel::{
 use crate::NetDevice;
 
 /// Pages that a pool keeps at most, beside those that its NAPI instance has at hand.
-const SIZE: u32 = 1024;
+const SIZE: u32 = 512;
 
 /// A pool of pages for one NAPI instance.
 ///

@@ -428,9 +428,8 @@ impl<T: Driver> XdpOps<T> {
             }
             // SAFETY: It is the member of the union for this command.
             let setup = unsafe { (*bpf).__bindgen_anon_1.__bindgen_anon_1.as_ref() };
-            // SAFETY: The program is valid during the call.
-            let program =
-                NonNull::new(setup.prog).map(|program| unsafe { Program::from_raw(program) });
+            // SAFETY: If there is a program it is valid during the call.
+            let program = unsafe { NonNull::new(setup.prog).map(|ptr| Program::from_raw(ptr)) };
             let mut extack = ExtAck {
                 ack: setup.extack,
                 _lifetime: PhantomData,
