@@ -40,6 +40,10 @@ lab: modules tools
 test check:
 	@scripts/test.sh
 
+.PHONY: selftests
+selftests: modules tools
+	@scripts/lab.sh test selftests-all --output $(BUILD)/selftests $(ARGS)
+
 .PHONY: bench
 bench: modules tools
 	@scripts/lab.sh bench $(ARGS)
@@ -78,6 +82,7 @@ help:
 #h   make demo        see them at work: a VF, host servicing under a live stream (5 minutes)
 #h   make lab         a login shell on the guest's console
 #h   make test        every check and every scenario, with the Rust and the C drivers
+#h   make selftests   the kernel's own tests of network drivers, with both (takes long)
 #h   make bench       measure the Rust and the C drivers against each other (ARGS=--help)
 #h
 #h   make install     install the modules for the running kernel (the way back: make uninstall)

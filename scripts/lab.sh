@@ -12,15 +12,24 @@ tree=$("$top/scripts/kernel-tree.sh")
 make_cache
 run=("$top/scripts/in-root.sh" --kernel "$tree")
 
-prepare() {
+# make_archive PROGRAM: prints the path of what it makes.
+make_archive() {
 	(
 		with_lock image
 		"${run[@]}" env IMAGE_CACHE="$cache/image" KERNEL_IMAGE=/kernel/image \
-			"$top/tools/image/make-image" 9>&- | tail -n 1
+			"$top/tools/image/$1" 9>&- | tail -n 1
 	)
 }
 
-image=$(prepare)
+# Whether this command line names a scenario that needs the kernel's selftests.
+wants_selftests() {
+	case " $* " in
+	" test "*" selftests "* | " test "*" selftests-all "*) return 0 ;;
+	esac
+	return 1
+}
+
+image=$(make_archive make-image)
 if [ "${1:-}" = --prepare ]; then
 	echo "$image"
 	exit
@@ -31,4 +40,8 @@ release=$(cat "$tree/release")
 export HVLAB_KERNEL=/kernel/image/usr/lib/modules/$release/vmlinuz
 export HVLAB_IMAGE=$image
 export HVLAB_MODULES=$top/build
+if wants_selftests "$@"; then
+	HVLAB_SELFTESTS=$(make_archive make-selftests)
+	export HVLAB_SELFTESTS
+fi
 exec "${run[@]}" "$top/build/hvlab" "$@"

@@ -21,6 +21,7 @@ mod no_driver;
 mod observe;
 mod one_nic;
 mod reload;
+mod selftests;
 mod servicing;
 mod suspend;
 mod tap;
@@ -103,6 +104,9 @@ pub struct TestOptions {
     /// Keep the logs of boots that passed, too
     #[arg(long)]
     pub keep: bool,
+    /// Archive with the kernel's selftests, for the scenarios of that name
+    #[arg(long, env = "HVLAB_SELFTESTS", value_name = "FILE")]
+    pub selftests: Option<PathBuf>,
     /// Write the logs of failed boots to this file, too
     #[arg(long, hide = true)]
     pub artifacts: Option<PathBuf>,
@@ -126,7 +130,7 @@ struct Scenario {
 }
 
 /// In the order of their numbers, which start at 1.
-const SCENARIOS: [Scenario; 12] = [
+const SCENARIOS: [Scenario; 14] = [
     Scenario {
         name: "one-nic",
         title: "one NIC, no VF: addresses, traffic, VLAN, MTU, frames of all sizes",
@@ -187,7 +191,20 @@ const SCENARIOS: [Scenario; 12] = [
         title: "hibernation: the connection ends and is made again, on another host, too",
         run: suspend::run,
     },
+    Scenario {
+        name: "selftests",
+        title: "the kernel's own tests of network drivers (only when named)",
+        run: selftests::run,
+    },
+    Scenario {
+        name: "selftests-all",
+        title: "the same, every case",
+        run: selftests::run_all,
+    },
 ];
+
+/// Run only when they are named.
+const ON_DEMAND: [&str; 2] = ["selftests", "selftests-all"];
 
 /// What is compared between the driver sets: whether ours, and `scenario.name`, to the value.
 type Measurements = BTreeMap<(bool, String), u64>;
@@ -354,15 +371,23 @@ pub fn run(options: &TestOptions) -> Result<bool> {
         }
     }
     if options.drivers.sets().len() > 1 {
-        flaps::compare(&mut tap, &measurements);
+        compare(&mut tap, &measurements, &options.output);
     }
     Ok(tap.finish())
+}
+
+/// Compares what was measured with both driver sets.
+fn compare(tap: &mut Tap, measurements: &Measurements, output: &Path) {
+    flaps::compare(tap, measurements);
+    selftests::compare(tap, measurements, output);
 }
 
 /// The indices of the scenarios that were asked for.
 fn choose(words: &[String]) -> Result<Vec<usize>> {
     if words.is_empty() {
-        return Ok((0..SCENARIOS.len()).collect());
+        return Ok((0..SCENARIOS.len())
+            .filter(|&index| !ON_DEMAND.contains(&SCENARIOS[index].name))
+            .collect());
     }
     words
         .iter()

@@ -41,6 +41,8 @@ pub struct Nic {
     pub bus: String,
     /// Whether the VF is there at boot.
     pub vf: bool,
+    /// Index of the NIC on whose network it is, without a peer of its own.
+    pub lan: Option<usize>,
 }
 
 impl Nic {
@@ -51,6 +53,7 @@ impl Nic {
             serial: index as u32 + 1,
             bus: format!("e9ac9b28-{:04x}-4466-9ae3-4b849c3ee03b", 0x7870 + index),
             vf: false,
+            lan: None,
         }
     }
 
@@ -58,6 +61,14 @@ impl Nic {
     pub fn with_vf(index: usize) -> Self {
         Self {
             vf: true,
+            ..Self::new(index)
+        }
+    }
+
+    /// The same on another NIC's network.
+    pub fn on_lan(index: usize, lan: usize) -> Self {
+        Self {
+            lan: Some(lan),
             ..Self::new(index)
         }
     }
@@ -129,6 +140,8 @@ pub struct Boot {
     pub nvsp_version: Option<&'static str>,
     /// Newest virtual PCI protocol version that the host takes.
     pub vpci_version: Option<&'static str>,
+    /// An archive with more files for the guest.
+    pub overlay: Option<PathBuf>,
 }
 
 impl Boot {
@@ -143,6 +156,7 @@ impl Boot {
             vmbus_version: None,
             nvsp_version: None,
             vpci_version: None,
+            overlay: None,
         }
     }
 }
@@ -221,6 +235,9 @@ impl Guest {
                 nic.index
             );
             text += &format!(",bus={}", nic.bus);
+            if let Some(lan) = nic.lan {
+                text += &format!(",lan={lan}");
+            }
             if nic.vf {
                 text += ",vf=mana";
             }
@@ -240,6 +257,9 @@ impl Guest {
         }
         if boot.builtin_pci {
             command.arg("--builtin-pci");
+        }
+        if let Some(overlay) = &boot.overlay {
+            command.arg("--overlay").arg(overlay);
         }
         if let Some(modules) = &lab.files.modules {
             command.arg("--modules").arg(modules);

@@ -14,7 +14,7 @@ use crate::level1::Launch;
 use crate::run::Files;
 
 use super::tap::Tap;
-use super::{choose, flaps, list, Drivers, Measurements, Result, TestOptions};
+use super::{choose, compare, list, Drivers, Measurements, Result, TestOptions};
 
 /// Where level 1 keeps logs, and the way by which those of failed boots leave it.
 const OUTPUT: &str = "/tmp/output";
@@ -24,6 +24,7 @@ const ARTIFACTS: &str = "/lab/out/artifacts";
 const KERNEL: &str = "/lab/kernel";
 const IMAGE: &str = "/lab/image";
 const MODULES: &str = "/lab/modules";
+const SELFTESTS: &str = "/lab/selftests";
 /// Memory in MiB beyond the guest's: its own kernel, initramfs, logs and peers.
 const OVERHEAD: u32 = 700;
 
@@ -177,7 +178,7 @@ pub fn run(options: &TestOptions) -> Result<bool> {
     });
     let mut merged = merged.into_inner().unwrap_or_else(PoisonError::into_inner);
     if sets.len() > 1 {
-        flaps::compare(&mut merged.tap, &merged.measurements);
+        compare(&mut merged.tap, &merged.measurements, &options.output);
     }
     Ok(merged.tap.finish())
 }
@@ -232,6 +233,11 @@ fn machine(
     args.extend(options.scenarios.iter().cloned());
     let mut launch = launch(&options.files, args, drivers == Drivers::Rust);
     launch.outputs = vec![(way.clone(), ARTIFACTS.to_owned())];
+    if let Some(archive) = &options.selftests {
+        launch.disks.push((archive.clone(), SELFTESTS.to_owned()));
+        let name = "HVLAB_SELFTESTS".to_owned();
+        launch.env.push((name, SELFTESTS.to_owned()));
+    }
     let (reader, writer) = nix::unistd::pipe()?;
     let reader = File::from(reader);
     let code = thread::scope(|scope| -> Result<i32> {

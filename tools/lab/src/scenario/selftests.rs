@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Scenarios 13 and 14: the kernel's own tests of network drivers, unmodified.
+//!
+//! They want a second machine to talk to. Here that is a second NIC, in a network namespace of the guest: on the
+//! host's side its tap is bridged with the first one's, so all traffic goes through the host and both NICs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use regex::Regex;
+
+use super::guest::{Boot, Guest, Nic, COMMAND};
+use super::tap::Tap;
+use super::{ensure, Context, Drivers, Measurements, Result};
+
+/// Where the archive has them.
+const FOLDER: &str = "/usr/src/linux/tools/testing/selftests/drivers/net";
+/// The namespace of the remote end.
+const REMOTE: &str = "remote";
+/// What the measurements of this scenario begin with.
+const QUICK: &str = "selftests.";
+const ALL: &str = "selftests-all.";
+
+/// A file of tests.
+struct File {
+    name: &'static str,
+    deadline: Duration,
+    /// Which cases are in the short run: arguments of the test, none for all.
+    quick: &'static str,
+}
+
+const fn file(name: &'static str, seconds: u64, quick: &'static str) -> File {
+    File {
+        name,
+        deadline: Duration::from_secs(seconds),
+        quick,
+    }
+}
+
+const FILES: [File; 10] = [
+    file("queues", 200, ""),
+    file("stats", 300, "-T procfs_downup_hammer"),
+    file("napi_id", 200, ""),
+    file("napi_threaded", 200, ""),
+    file("hds", 200, ""),
+    file("ring_reconfig", 400, "-t channels"),
+    file("netpoll_basic", 300, "-t test_netpoll"),
+    file("ping", 1200, "-t test_default_v4"),
+    file(
+        "xdp",
+        1200,
+        "-t test_xdp_native_pass_sb -t test_xdp_native_drop_sb",
+    ),
+    file(
+        "gro",
+        3600,
+        "-t test.sw_ipv4_data_same -t test.sw_ipv4_tcp_seq",
+    ),
+];
+
+/// What became of a case; a better one is greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Verdict {
+    Failed,
+    Skipped,
+    Expected,
+    Passed,
+}
+
+impl Verdict {
+    const ALL: [Self; 4] = [Self::Failed, Self::Skipped, Self::Expected, Self::Passed];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Failed => "fail",
+            Self::Skipped => "skip",
+            Self::Expected => "xfail",
+            Self::Passed => "pass",
+        }
+    }
+
+    /// For comparing: what is skipped for one reason or another is all the same.
+    fn rank(self) -> u8 {
+        match self {
+            Self::Failed => 0,
+            Self::Skipped | Self::Expected => 1,
+            Self::Passed => 2,
+        }
+    }
+}
+
+/// A case that fails for a reason that is known, with one driver set or both.
+struct Known {
+    case: &'static str,
+    drivers: &'static [Drivers],
+}
+
+const KNOWN: &[Known] = &[];
+
+fn is_known(case: &str, drivers: Drivers) -> bool {
+    KNOWN
+        .iter()
+        .any(|known| known.case == case && known.drivers.contains(&drivers))
+}
+
+/// A case as its file reports it.
+#[derive(Debug, PartialEq, Eq)]
+struct Case {
+    name: String,
+    verdict: Verdict,
+    reason: String,
+}
+
+pub fn run(context: &mut Context<'_>) -> Result<()> {
+    run_files(context, false)
+}
+
+/// The same with every case.
+pub fn run_all(context: &mut Context<'_>) -> Result<()> {
+    run_files(context, true)
+}
+
+fn run_files(context: &mut Context<'_>, all: bool) -> Result<()> {
+    let archive = context.options.selftests.clone();
+    let archive = archive.ok_or(
+        "no archive with the kernel's selftests (--selftests; scripts/lab.sh makes one when the scenario is named)",
+    )?;
+    let guest = context.boot(&Boot {
+        cpus: 2,
+        overlay: Some(archive),
+        ..Boot::new(vec![Nic::new(0), Nic::on_lan(1, 0)])
+    })?;
+    if context.check("the remote end answers through the host", || set_up(&guest)) {
+        for file in &FILES {
+            let mut cases = Vec::new();
+            context.check(&format!("{}.py", file.name), || {
+                cases = run_file(&guest, file, all)?;
+                judge(&cases, guest.drivers())
+            });
+            for case in &cases {
+                if case.verdict != Verdict::Passed {
+                    let word = case.verdict.word();
+                    context.note(&format!("{}: {word}: {}", case.name, case.reason));
+                }
+                context.measure(&case.name, case.verdict as u64);
+            }
+        }
+    }
+    context.finish(guest)
+}
+
+/// Makes the remote end, and says where it is.
+fn set_up(guest: &Guest) -> Result<()> {
+    let (local, remote) = (&guest.nics[0], &guest.nics[1]);
+    let (v4, v6) = (local.guest_v4(), local.guest_v6());
+    let (remote_v4, remote_v6) = ("10.0.0.3", "fd00:0::3");
+    guest.sh(&format!(
+        "depmod -a && modprobe configfs && mount -t configfs configfs /sys/kernel/config && \
+         echo 1 >/proc/sys/net/ipv6/conf/all/keep_addr_on_down && \
+         ip netns add {REMOTE} && ip link set {name} netns {REMOTE} && \
+         ip -n {REMOTE} link set lo up && ip -n {REMOTE} link set {name} up && \
+         ip -n {REMOTE} address add {remote_v4}/24 dev {name} && \
+         ip -n {REMOTE} address add {remote_v6}/64 dev {name} nodad",
+        name = remote.name()
+    ))?;
+    let config = format!(
+        "NETIF={}\nLOCAL_V4={v4}\nREMOTE_V4={remote_v4}\nLOCAL_V6={v6}\nREMOTE_V6={remote_v6}\n\
+         REMOTE_TYPE=netns\nREMOTE_ARGS={REMOTE}\n",
+        local.name()
+    );
+    guest.sh(&format!("printf '%s' '{config}' >{FOLDER}/net.config"))?;
+    guest.sh(&format!(
+        "ping -c 3 -i 0.2 -w 10 {remote_v4} && ping -c 3 -i 0.2 -w 10 {remote_v6}"
+    ))?;
+    Ok(())
+}
+
+/// Runs a file to its end, or to its deadline.
+fn run_file(guest: &Guest, file: &File, all: bool) -> Result<Vec<Case>> {
+    let name = file.name;
+    let cases = if all { "" } else { file.quick };
+    let seconds = file.deadline.as_secs();
+    // The first signal lets the test clean up.
+    let command = format!("cd {FOLDER} && timeout -k 20 {seconds} python3 {name}.py {cases} 2>&1");
+    let exit = guest.exit(&command, file.deadline + COMMAND)?;
+    let text = exit.stdout;
+    fs::write(guest.folder.join(format!("{name}.py.txt")), &text)?;
+    let (cases, planned) = parse(&text);
+    ensure(cases.len() == planned && planned > 0, || {
+        format!(
+            "{} of {planned} cases reported, exit code {}\n{}",
+            cases.len(),
+            exit.code,
+            last(&text)
+        )
+    })?;
+    let failed = cases.iter().any(|case| case.verdict == Verdict::Failed);
+    ensure(exit.code == i32::from(failed), || {
+        format!("exit code {}\n{}", exit.code, last(&text))
+    })?;
+    Ok(cases)
+}
+
+fn last(text: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(12)..].join("\n")
+}
+
+/// The cases in what a test has printed, and how many it has announced.
+fn parse(text: &str) -> (Vec<Case>, usize) {
+    let result =
+        Regex::new(r"^(not )?ok [0-9]+ ([^ ]+)(?: # ?(.*))?$").expect("a valid expression");
+    let mut planned = 0;
+    let mut cases = Vec::new();
+    let mut comments = Vec::new();
+    for line in text.lines() {
+        if let Some(count) = line.strip_prefix("1..") {
+            planned = count.parse().unwrap_or(0);
+        } else if let Some(found) = result.captures(line) {
+            let comment = found.get(3).map_or("", |comment| comment.as_str());
+            let (verdict, reason) = if found.get(1).is_some() {
+                (Verdict::Failed, explain(&comments))
+            } else if let Some(reason) = comment.strip_prefix("SKIP") {
+                (Verdict::Skipped, reason.trim().to_owned())
+            } else if let Some(reason) = comment.strip_prefix("XFAIL") {
+                (Verdict::Expected, reason.trim().to_owned())
+            } else {
+                (Verdict::Passed, String::new())
+            };
+            cases.push(Case {
+                name: found[2].to_owned(),
+                verdict,
+                reason,
+            });
+            comments.clear();
+        } else if let Some(comment) = line.strip_prefix('#') {
+            comments.push(comment.trim());
+        }
+    }
+    (cases, planned)
+}
+
+/// The lines that say most about a failure.
+fn explain(comments: &[&str]) -> String {
+    let telling = |line: &&&str| {
+        line.starts_with("Check failed")
+            || line.starts_with("Expected exception")
+            || line.contains("STDERR:")
+    };
+    let mut lines: Vec<&str> = comments.iter().filter(telling).copied().collect();
+    if lines.is_empty() {
+        lines.extend(
+            comments
+                .iter()
+                .rev()
+                .find(|line| !line.trim_end_matches('|').is_empty()),
+        );
+    }
+    lines.truncate(3);
+    lines.join("; ")
+}
+
+/// Fails if a case failed for no known reason.
+fn judge(cases: &[Case], drivers: Drivers) -> Result<()> {
+    let failed: Vec<_> = cases
+        .iter()
+        .filter(|case| case.verdict == Verdict::Failed && !is_known(&case.name, drivers))
+        .map(|case| format!("{}: {}", case.name, case.reason))
+        .collect();
+    ensure(failed.is_empty(), || failed.join("\n"))
+}
+
+/// Both driver sets' verdicts by case.
+type Table = BTreeMap<String, [Option<Verdict>; 2]>;
+
+fn table(measurements: &Measurements, prefix: &str) -> Table {
+    let mut table = Table::new();
+    for ((rust, name), &value) in measurements {
+        let verdict = Verdict::ALL.get(value as usize).copied();
+        if let Some(case) = name.strip_prefix(prefix) {
+            table.entry(case.to_owned()).or_default()[usize::from(*rust)] = verdict;
+        }
+    }
+    table
+}
+
+/// Ours must pass what the stock drivers pass. Writes the table, too.
+pub fn compare(tap: &mut Tap, measurements: &Measurements, output: &Path) {
+    for prefix in [QUICK, ALL] {
+        let table = table(measurements, prefix);
+        if table.is_empty() {
+            continue;
+        }
+        let mut worse = Vec::new();
+        let word = |verdict: Option<Verdict>| verdict.map_or("-", Verdict::word);
+        let mut text = format!("{:60} {:6} {:6}\n", "case", "C", "Rust");
+        for (case, &[c, rust]) in &table {
+            let _ = writeln!(text, "{case:60} {:6} {:6}", word(c), word(rust));
+            let rank = |verdict: Option<Verdict>| verdict.map_or(0, Verdict::rank);
+            if rank(rust) < rank(c) {
+                worse.push(format!(
+                    "{case}: {} with C, {} with Rust",
+                    word(c),
+                    word(rust)
+                ));
+            }
+        }
+        let count = |set: usize, verdict| {
+            let of = table.values().filter(|row| row[set] == Some(verdict));
+            of.count()
+        };
+        for (set, name) in ["C", "Rust"].into_iter().enumerate() {
+            let counts = Verdict::ALL.map(|v| format!("{} {}", count(set, v), v.word()));
+            let _ = writeln!(text, "{name}: {}", counts.join(", "));
+        }
+        tap.note(&text);
+        let path = output.join(format!("{}txt", prefix));
+        if let Err(error) = fs::write(&path, &text) {
+            worse.push(format!("{}: {error}", path.display()));
+        }
+        tap.check(
+            &format!(
+                "{}: ours passes each of the {} cases that the stock driver passes",
+                prefix.trim_end_matches('.'),
+                count(0, Verdict::Passed)
+            ),
+            match worse.is_empty() {
+                true => Ok(()),
+                false => Err(worse.join("\n")),
+            },
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OUTPUT: &str = "TAP version 13
+1..5
+# Reached min
+ok 1 ring.one
+# Exception| Traceback (most recent call last):
+# Exception|   STDERR: no such thing
+# Exception|
+not ok 2 ring.two
+ok 3 ring.three # SKIP not there
+ok 4 ring.four # XFAIL as expected
+# Totals: pass:1
+";
+
+    #[test]
+    fn reports_are_parsed() {
+        let (cases, planned) = parse(OUTPUT);
+        assert_eq!(planned, 5);
+        let got: Vec<_> = cases
+            .iter()
+            .map(|case| (case.name.as_str(), case.verdict, case.reason.as_str()))
+            .collect();
+        assert_eq!(
+            got,
+            [
+                ("ring.one", Verdict::Passed, ""),
+                (
+                    "ring.two",
+                    Verdict::Failed,
+                    "Exception|   STDERR: no such thing"
+                ),
+                ("ring.three", Verdict::Skipped, "not there"),
+                ("ring.four", Verdict::Expected, "as expected"),
+            ]
+        );
+        assert!(judge(&cases, Drivers::C).is_err());
+    }
+
+    #[test]
+    fn what_is_missing_is_worse() {
+        let mut measurements = Measurements::new();
+        measurements.insert((false, "selftests.a.b".into()), Verdict::Passed as u64);
+        let folder = std::env::temp_dir();
+        let mut tap = Tap::new(Box::new(std::io::sink()));
+        compare(&mut tap, &measurements, &folder);
+        assert_eq!(tap.failures(), 1);
+        measurements.insert((true, "selftests.a.b".into()), Verdict::Passed as u64);
+        compare(&mut tap, &measurements, &folder);
+        assert_eq!(tap.failures(), 1);
+        let _ = fs::remove_file(folder.join("selftests.txt"));
+    }
+}
