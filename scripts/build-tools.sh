@@ -18,7 +18,8 @@ CARGO_TARGET_DIR=$target "$top/scripts/in-root.sh" \
 	cargo build --manifest-path "$top/tools/Cargo.toml" --workspace --bins --release --locked 9>&-
 # QEMU's plugin cannot be linked statically (see .cargo/config.toml).
 CARGO_TARGET_DIR=$target/plugin "$top/scripts/in-root.sh" env RUSTFLAGS="-C target-feature=-crt-static" \
-	cargo build --manifest-path "$top/tools/Cargo.toml" --package insncount --release --locked 9>&-
+	cargo rustc --manifest-path "$top/tools/Cargo.toml" --package insncount --lib --crate-type cdylib \
+	--release --locked 9>&-
 for file in "$target"/x86_64-unknown-linux-gnu/release/* "$target"/plugin/x86_64-unknown-linux-gnu/release/*.so; do
 	if [ -f "$file" ] && [ -x "$file" ]; then
 		name=$out/$(basename "$file")

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
-use lab_agent::{count, counters, flood, frames, netns, serve, tcp, udp};
+use lab_agent::{count, counters, flood, frames, module, netns, rr, serve, tcp, udp};
 use nix::sys::signal::SigSet;
 use serde::Serialize;
 
@@ -42,6 +42,12 @@ enum Task {
     Count(count::Options),
     /// Send a number of small UDP packets
     Flood(flood::Options),
+    /// Tell how large a kernel module is
+    ModuleSize(module::Options),
+    /// Answer requests of one byte over TCP
+    RrServe(rr::ServeOptions),
+    /// Send requests of one byte over TCP
+    Rr(rr::Options),
     /// Send raw frames of random sizes
     FramesSend(frames::SendOptions),
     /// Receive and check raw frames
@@ -79,6 +85,9 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
         Task::Exec { argv } => return Err(exec(&argv).into()),
         Task::Count(options) => print(&count::count(&options)?)?,
         Task::Flood(options) => print(&flood::flood(&options)?)?,
+        Task::ModuleSize(options) => print(&module::size(&options)?)?,
+        Task::RrServe(options) => rr::serve(&options)?,
+        Task::Rr(options) => print(&rr::ask(&options)?)?,
         Task::FramesSend(options) => print(&frames::send(&options)?)?,
         Task::FramesReceive(options) => print(&frames::receive(&options)?)?,
         Task::UdpSend(options) => print(&udp::send(&options, &*on_interrupt()?)?)?,
