@@ -76,6 +76,15 @@ pub enum DriverChoice {
 }
 
 impl DriverChoice {
+    /// As written on the command line.
+    fn word(self) -> &'static str {
+        match self {
+            Self::C => "c",
+            Self::Rust => "rust",
+            Self::Both => "both",
+        }
+    }
+
     /// The sets, in the order in which they are tested.
     fn sets(self) -> &'static [Drivers] {
         match self {

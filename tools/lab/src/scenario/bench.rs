@@ -3,25 +3,33 @@
 
 mod count;
 mod measure;
+mod module;
+mod packets;
 mod report;
+mod streams;
+mod vf;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
 use crate::run::Files;
 
-use super::guest::{Boot, Guest, Lab, Nic};
-use super::{level1, Drivers, Result};
-use count::Counter;
+use super::guest::{tail, Boot, Guest, Lab, Nic};
+use super::vf::bonded;
+use super::{ensure, level1, DriverChoice, Drivers, Result};
+use count::{Counter, Symbol, Symbols};
+use measure::{Measure, Setting};
 use report::Results;
 
 /// Where level 1 has the results, what the plugin writes, and logs.
 const RESULTS: &str = "/lab/out/results";
 const COUNTS: &str = "/lab/in/counts";
 const OUTPUT: &str = "/tmp/output";
+/// Where the peer answers requests.
+const RR_PORT: u16 = 7010;
 
 /// Options of `hvlab bench`.
 #[derive(Debug, Clone, Args)]
@@ -32,6 +40,9 @@ pub struct Options {
     /// How often each driver set is measured
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
+    /// Driver set(s) to measure
+    #[arg(long, value_enum, default_value = "both")]
+    pub drivers: DriverChoice,
     /// One short round, to see that all works: its figures say nothing
     #[arg(long)]
     pub quick: bool,
@@ -79,20 +90,26 @@ pub fn run(options: &Options) -> Result<()> {
     let mut bench = Bench {
         lab: &lab,
         options,
+        kernel: Vec::new(),
         counter: options.counts.as_deref().map(Counter::open).transpose()?,
         results: Results::default(),
+        failed: Vec::new(),
         start: Instant::now(),
     };
     bench.all()?;
-    let results = bench.results;
+    let Bench {
+        results, failed, ..
+    } = bench;
     match &options.results {
         Some(path) => {
             let file = File::options().append(true).create(true).open(path)?;
             serde_json::to_writer(file, &results)?;
-            Ok(())
         }
-        None => report::finish(&results, &options.output),
+        None => report::finish(&results, &options.output)?,
     }
+    ensure(failed.is_empty(), || {
+        format!("not measured:\n{}", failed.join("\n"))
+    })
 }
 
 /// Measures in an emulated machine.
@@ -103,6 +120,7 @@ pub fn run_in_level1(options: &Options) -> Result<i32> {
     let mut args = vec![
         "bench".to_owned(),
         format!("--rounds={}", options.rounds),
+        format!("--drivers={}", options.drivers.word()),
         format!("--output={OUTPUT}"),
         format!("--results={RESULTS}"),
         format!("--counts={COUNTS}"),
@@ -122,7 +140,7 @@ pub fn run_in_level1(options: &Options) -> Result<i32> {
     let code = launch.run(std::io::stdout())?;
     let text = fs::read(&results)?;
     fs::remove_file(&results)?;
-    if code == 0 {
+    if !text.is_empty() {
         report::finish(&serde_json::from_slice(&text)?, &options.output)?;
     }
     Ok(code)
@@ -133,7 +151,11 @@ struct Bench<'a> {
     lab: &'a Lab,
     options: &'a Options,
     counter: Option<Counter>,
+    /// Functions of the guest's kernel, where instructions are counted.
+    kernel: Vec<Symbol>,
     results: Results,
+    /// Measures that could not be taken, and why.
+    failed: Vec<String>,
     start: Instant,
 }
 
@@ -143,63 +165,124 @@ impl Bench<'_> {
         println!("{:5} s  {text}", self.start.elapsed().as_secs());
     }
 
+    /// The guest's code at present.
+    fn symbols(&self, guest: &Guest, functions: bool) -> Result<Symbols> {
+        Ok(Symbols::new(
+            &self.kernel,
+            count::modules(guest, functions)?,
+        ))
+    }
+
     fn all(&mut self) -> Result<()> {
-        let folder = self.options.output.join("guest");
-        let result = self.rounds(&folder);
-        if let Err(error) = result {
-            return Err(format!(
-                "{error}\n{}",
-                super::guest::tail(&folder.join("console.log"), 15)
-            )
-            .into());
+        let measures = measure::choose(&self.options.only)?;
+        for cpus in [1, 2] {
+            let here = |measure: &&&Measure| (measure.setting == Setting::Queues) == (cpus == 2);
+            let measures: Vec<_> = measures.iter().filter(here).copied().collect();
+            if !measures.is_empty() {
+                let folder = self.options.output.join(format!("guest-{cpus}"));
+                self.guest(cpus, &measures, &folder).map_err(|error| {
+                    let console = tail(&folder.join("console.log"), 15);
+                    format!("{error}\n{console}")
+                })?;
+                // What it says is of use after a failure only.
+                let _ = fs::remove_dir_all(&folder);
+            }
         }
-        // What it says is of use after a failure only.
-        let _ = fs::remove_dir_all(&folder);
         Ok(())
     }
 
-    fn rounds(&mut self, folder: &Path) -> Result<()> {
-        let measures = measure::choose(&self.options.only)?;
-        let guest = Guest::boot(
-            self.lab,
-            Drivers::Rust,
-            &Boot::new(vec![Nic::new(0)]),
-            folder,
-        )?;
-        self.note("the guest runs");
+    /// All rounds in one guest.
+    fn guest(&mut self, cpus: u32, measures: &[&'static Measure], folder: &Path) -> Result<()> {
+        let boot = Boot {
+            cpus,
+            ..Boot::new(vec![Nic::new(0)])
+        };
+        let mut guest = Guest::boot(self.lab, Drivers::Rust, &boot, folder)?;
+        self.note(&format!("a guest with {cpus} processor(s) runs"));
+        let nic = guest.nics[0].clone();
+        guest.peer_server(self.lab, &nic, &["iperf3", "-s"])?;
+        let agent = self.lab.agent.display().to_string();
+        let bind = format!("{}:{RR_PORT}", nic.peer_v4());
+        guest.peer_server(self.lab, &nic, &[&agent, "rr-serve", "--bind", &bind])?;
+        if self.counter.is_some() {
+            self.kernel = count::kernel(&guest)?;
+        }
         for round in 0..self.options.rounds() {
-            let mut sets = [Drivers::C, Drivers::Rust];
+            let mut sets = self.options.drivers.sets().to_vec();
             // Neither is always the second.
             if round % 2 == 1 {
                 sets.reverse();
             }
             for drivers in sets {
+                self.note(&format!(
+                    "round {} of {}, {drivers}",
+                    round + 1,
+                    self.options.rounds()
+                ));
                 swap(&guest, drivers)?;
-                for measure in &measures {
-                    let values = (measure.run)(self, &guest, drivers)
-                        .map_err(|error| format!("{} [{drivers}]: {error}", measure.name))?;
-                    for (name, value) in values {
-                        self.note(&format!("[{drivers}] {name} = {value:.3}"));
-                        self.results.add(drivers, name, value);
-                    }
+                let (vf, synthetic): (Vec<_>, Vec<_>) = measures
+                    .iter()
+                    .partition(|measure| measure.setting == Setting::Vf);
+                self.take(&guest, drivers, &synthetic);
+                if !vf.is_empty() {
+                    guest.host.add_vf(&nic)?;
+                    bonded(&guest, &nic)?;
+                    self.take(&guest, drivers, &vf);
+                    guest.host.remove_vf(&nic)?;
+                    let gone = format!("[ ! -e /sys/class/net/{} ]", nic.vf_name());
+                    guest.wait_until(&gone, Duration::from_secs(20))?;
                 }
             }
         }
         guest.stop()
     }
+
+    fn take(&mut self, guest: &Guest, drivers: Drivers, measures: &[&Measure]) {
+        for measure in measures {
+            let values = (measure.run)(self, guest, drivers)
+                .and_then(|values| measure::check(&values).map(|()| values));
+            let values = match values {
+                Ok(values) => values,
+                Err(error) => {
+                    // The others are still of use.
+                    let text = format!("{} [{drivers}]: {error}", measure.name);
+                    self.note(&format!("FAILED {text}"));
+                    self.failed.push(text);
+                    continue;
+                }
+            };
+            if values.is_empty() {
+                self.note(&format!("{}: not here, no QEMU counts", measure.name));
+            }
+            for value in values {
+                self.note(&format!(
+                    "[{drivers}] {} = {:.3} {}",
+                    value.name, value.value, value.unit
+                ));
+                self.results.add(drivers, value);
+            }
+        }
+    }
 }
 
-/// Replaces the synthetic driver by that of the other set.
-fn swap(guest: &Guest, drivers: Drivers) -> Result<()> {
+/// Where the guest has the module of a driver set, in shell words.
+fn path(drivers: Drivers) -> String {
     let folder = match drivers {
         Drivers::C => "kernel",
         Drivers::Rust => "updates",
     };
+    format!("$(find /lib/modules/$(uname -r)/{folder} -name hv_netvsc.ko)")
+}
+
+/// Replaces the synthetic driver by that of the other set.
+fn swap(guest: &Guest, drivers: Drivers) -> Result<()> {
     let nic = &guest.nics[0];
     guest.sh(&format!(
-        "rmmod hv_netvsc && insmod $(find /lib/modules/$(uname -r)/{folder} -name hv_netvsc.ko) && \
-         udevadm settle && ip link set eth0 up && ip address add {}/24 dev eth0",
+        "rmmod hv_netvsc && insmod {} && udevadm settle && ip link set eth0 up && ip address add {}/24 dev eth0",
+        path(drivers),
         nic.guest_v4()
     ))?;
-    Ok(())
+    guest
+        .sh(&format!("ping -q -c 2 -i 0.2 -W 5 {}", nic.peer_v4()))
+        .map(drop)
 }

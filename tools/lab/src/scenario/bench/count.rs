@@ -68,16 +68,16 @@ impl Counter {
     }
 }
 
-/// Functions of the guest's kernel and modules, in the order of their addresses.
-pub struct Symbols(Vec<Symbol>);
-
-/// A function.
+/// A function, or a module as a whole.
 #[derive(Debug, Clone)]
-struct Symbol {
+pub struct Symbol {
     address: u64,
     name: String,
     module: Option<String>,
 }
+
+/// Code of the guest in the order of its addresses.
+pub struct Symbols(Vec<Symbol>);
 
 /// Instructions by function and module.
 #[derive(Debug, Default)]
@@ -91,6 +91,14 @@ impl Profile {
     /// Instructions in a module.
     pub fn module(&self, name: &str) -> u64 {
         self.modules.get(name).copied().unwrap_or(0)
+    }
+
+    /// Instructions in a function of the kernel itself.
+    pub fn function(&self, name: &str) -> u64 {
+        self.functions
+            .iter()
+            .find(|(function, _)| function == name)
+            .map_or(0, |&(_, instructions)| instructions)
     }
 }
 
@@ -112,67 +120,76 @@ fn symbol(line: &str) -> Option<Symbol> {
     })
 }
 
-impl Symbols {
-    /// Finds where the guest's modules are, which takes no time.
-    pub fn of_modules(guest: &Guest) -> Result<Self> {
-        let text = guest.sh("cat /proc/modules")?;
-        let mut symbols: Vec<_> = text
-            .lines()
-            .filter_map(|line| {
-                let mut words = line.split_whitespace();
-                let name = words.next()?.to_owned();
-                let address = words.find_map(|word| word.strip_prefix("0x"))?;
-                Some(Symbol {
-                    address: u64::from_str_radix(address, 16).ok()?,
-                    name: "all".to_owned(),
-                    module: Some(name),
-                })
-            })
-            .collect();
-        symbols.sort_by_key(|symbol| symbol.address);
-        Ok(Self(symbols))
-    }
+/// A line of the list of modules.
+fn module(line: &str) -> Option<Symbol> {
+    let mut words = line.split_whitespace();
+    let name = words.next()?.to_owned();
+    let address = words.find_map(|word| word.strip_prefix("0x"))?;
+    Some(Symbol {
+        address: u64::from_str_radix(address, 16).ok()?,
+        name: "(all)".to_owned(),
+        module: Some(name),
+    })
+}
 
-    /// Finds the guest's functions.
-    ///
-    /// The list of the whole kernel is long and the guest's serial line is slow. But this machine runs the same
-    /// kernel, only at another address.
-    pub fn of_all(guest: &Guest) -> Result<Self> {
-        let text = fs::read_to_string("/proc/kallsyms")?;
-        let mut symbols: Vec<_> = text
-            .lines()
-            .filter_map(symbol)
-            .filter(|symbol| symbol.module.is_none())
-            .collect();
-        let here = symbols
-            .iter()
-            .find(|symbol| symbol.name == "_text")
-            .ok_or("no _text in /proc/kallsyms")?
-            .address;
-        let there = guest.sh("grep -m 1 ' _text$' /proc/kallsyms")?;
-        let there = symbol(&there).ok_or("no _text in the guest's /proc/kallsyms")?;
-        for symbol in &mut symbols {
-            symbol.address = symbol
-                .address
-                .wrapping_sub(here)
-                .wrapping_add(there.address);
-        }
-        let modules = guest.sh("grep -E '^[^ ]* [tTwW] .*\\[' /proc/kallsyms")?;
-        symbols.extend(modules.lines().filter_map(symbol));
+/// The functions of the guest's kernel.
+///
+/// The list is long and the guest's serial line is slow. But this machine runs the same kernel, only at another
+/// address.
+pub fn kernel(guest: &Guest) -> Result<Vec<Symbol>> {
+    let text = fs::read_to_string("/proc/kallsyms")?;
+    let mut symbols: Vec<_> = text
+        .lines()
+        .filter_map(symbol)
+        .filter(|symbol| symbol.module.is_none())
+        .collect();
+    let here = symbols
+        .iter()
+        .find(|symbol| symbol.name == "_text")
+        .ok_or("no _text in /proc/kallsyms")?
+        .address;
+    let there = guest.sh("grep -m 1 ' _text$' /proc/kallsyms")?;
+    let there = symbol(&there).ok_or("no _text in the guest's /proc/kallsyms")?;
+    for symbol in &mut symbols {
+        symbol.address = symbol
+            .address
+            .wrapping_sub(here)
+            .wrapping_add(there.address);
+    }
+    Ok(symbols)
+}
+
+/// The modules in the guest, as a whole or with all their functions.
+pub fn modules(guest: &Guest, functions: bool) -> Result<Vec<Symbol>> {
+    if functions {
+        let text = guest.sh("grep -E '^[^ ]* [tTwW] .*\\[' /proc/kallsyms")?;
+        Ok(text.lines().filter_map(symbol).collect())
+    } else {
+        let text = guest.sh("cat /proc/modules")?;
+        Ok(text.lines().filter_map(module).collect())
+    }
+}
+
+impl Symbols {
+    /// Those of the kernel and of its modules.
+    pub fn new(kernel: &[Symbol], modules: Vec<Symbol>) -> Self {
+        let mut symbols = kernel.to_vec();
+        symbols.extend(modules);
+        // Of several names for one address the last one is taken.
         symbols.sort_by_key(|symbol| symbol.address);
-        Ok(Self(symbols))
+        Self(symbols)
     }
 
     /// Sums the blocks of a count up.
     pub fn profile(&self, count: &Count) -> Profile {
-        let mut functions: HashMap<usize, u64> = HashMap::new();
-        let mut profile = Profile::default();
+        let mut functions: HashMap<Option<usize>, u64> = HashMap::new();
         for &(address, instructions) in &count.blocks {
             let after = self.0.partition_point(|symbol| symbol.address <= address);
-            *functions.entry(after).or_default() += instructions;
+            *functions.entry(after.checked_sub(1)).or_default() += instructions;
         }
-        for (after, instructions) in functions {
-            let name = match after.checked_sub(1).map(|index| &self.0[index]) {
+        let mut profile = Profile::default();
+        for (index, instructions) in functions {
+            let name = match index.map(|index| &self.0[index]) {
                 Some(Symbol {
                     name,
                     module: Some(module),
@@ -182,7 +199,7 @@ impl Symbols {
                     format!("{:#} [{module}]", rustc_demangle::demangle(name))
                 }
                 Some(symbol) => symbol.name.clone(),
-                None => "unknown".to_owned(),
+                None => "(unknown)".to_owned(),
             };
             profile.functions.push((name, instructions));
         }
@@ -191,7 +208,33 @@ impl Symbols {
             .push(("(user mode)".to_owned(), count.user));
         profile
             .functions
-            .sort_by_key(|(_, instructions)| std::cmp::Reverse(*instructions));
+            .sort_by_key(|&(_, instructions)| std::cmp::Reverse(instructions));
         profile
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_belong_to_the_function_before_them() {
+        let kernel = ["1000 T _text", "1100 t memcpy", "1200 D data"];
+        let kernel: Vec<_> = kernel.iter().filter_map(|line| symbol(line)).collect();
+        let modules =
+            "hv_netvsc 131072 0 - Live 0x9000 (OE)\npktgen 73728 0 - Live 0x0000000000008000";
+        let modules = modules.lines().filter_map(module).collect();
+        let count = serde_json::from_str(
+            r#"{"total":46,"user":3,"entries":1,
+                "blocks":[[4096,1],[4351,2],[4352,4],[4600,5],[32768,6],[36864,10],[36900,15]]}"#,
+        )
+        .expect("a count");
+        let profile = Symbols::new(&kernel, modules).profile(&count);
+        assert_eq!(profile.function("_text"), 3);
+        assert_eq!(profile.function("memcpy"), 9);
+        assert_eq!(profile.module("pktgen"), 6);
+        assert_eq!(profile.module("hv_netvsc"), 25);
+        assert_eq!(profile.functions[0], ("(all) [hv_netvsc]".to_owned(), 25));
+        assert_eq!(profile.function("(user mode)"), 3);
     }
 }

@@ -1,191 +1,207 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What is measured.
 
-use std::time::Duration;
-
-use lab_agent::{count, flood};
-
-use super::super::guest::{report, Guest};
-use super::super::traffic::Link;
+use super::super::guest::Guest;
 use super::super::{ensure, Drivers, Result};
-use super::count::Symbols;
-use super::Bench;
+use super::report::{Better, Value};
+use super::{module, packets, streams, vf, Bench};
+
+/// What the guest must be like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Setting {
+    /// One processor, no VF.
+    Synthetic,
+    /// One processor, traffic by the VF.
+    Vf,
+    /// Two processors, so two queues; no VF.
+    Queues,
+}
 
 /// A measurement, which may give several figures.
 pub struct Measure {
-    /// Its name; those of its figures begin with it.
+    /// Its name.
     pub name: &'static str,
     /// What it is.
     pub title: &'static str,
+    /// Where it is taken.
+    pub setting: Setting,
     /// Measures.
-    pub run: fn(&mut Bench<'_>, &Guest, Drivers) -> Result<Vec<(String, f64)>>,
+    pub run: fn(&Bench<'_>, &Guest, Drivers) -> Result<Vec<Value>>,
 }
 
-/// All of them, in the order in which they are run.
-const MEASURES: [Measure; 3] = [
-    Measure {
-        name: "instructions.tx",
-        title: "guest instructions per packet sent, one at a time (pktgen)",
-        run: transmit,
-    },
-    Measure {
-        name: "instructions.tx-burst",
-        title: "guest instructions per packet sent, 32 at a time (UDP GSO)",
-        run: transmit_bursts,
-    },
-    Measure {
-        name: "instructions.rx",
-        title: "guest instructions per packet received",
-        run: receive,
-    },
-];
+impl Measure {
+    const fn new(
+        setting: Setting,
+        name: &'static str,
+        title: &'static str,
+        run: fn(&Bench<'_>, &Guest, Drivers) -> Result<Vec<Value>>,
+    ) -> Self {
+        Self {
+            name,
+            title,
+            setting,
+            run,
+        }
+    }
+}
 
-/// Nobody's hardware address: such packets end where the receiver's stack first looks at them.
-const NOBODY: &str = "02:00:00:00:00:99";
-/// Nobody's IP address.
-const NOWHERE: &str = "10.0.0.9";
-/// Packets that are sent in a row: they fit into the ring, for a sender that waits would be counted, too.
-const RUN: u64 = 960;
-/// Packets that the driver gets at a time, if not one.
-const BURST: u64 = 32;
-/// What one measurement may take.
-const LIMIT: Duration = Duration::from_secs(120);
-/// The functions that a profile shows.
-const FUNCTIONS: usize = 60;
+use Setting::{Queues, Synthetic, Vf};
+
+/// All of them, in the order in which they are taken.
+const MEASURES: [Measure; 18] = [
+    Measure::new(
+        Synthetic,
+        "instructions.tx",
+        "guest instructions for each packet sent, one at a time",
+        packets::instructions_tx,
+    ),
+    Measure::new(
+        Synthetic,
+        "instructions.burst",
+        "guest instructions for each packet sent, 32 at a time",
+        packets::instructions_burst,
+    ),
+    Measure::new(
+        Synthetic,
+        "instructions.rx",
+        "guest instructions for each packet received",
+        packets::instructions_rx,
+    ),
+    Measure::new(
+        Synthetic,
+        "rate.tx",
+        "packets of 64 bytes sent in a second",
+        packets::rate_tx,
+    ),
+    Measure::new(
+        Synthetic,
+        "rate.burst",
+        "packets of 64 bytes sent in a second, 32 at a time",
+        packets::rate_burst,
+    ),
+    Measure::new(
+        Synthetic,
+        "rate.rx",
+        "packets of 64 bytes received in a second",
+        packets::rate_rx,
+    ),
+    Measure::new(
+        Synthetic,
+        "tcp.1",
+        "TCP throughput of one stream, each way",
+        |bench, guest, _| streams::tcp(bench, guest, "tcp.1", 1),
+    ),
+    Measure::new(
+        Synthetic,
+        "tcp.8",
+        "TCP throughput of eight streams, each way",
+        |bench, guest, _| streams::tcp(bench, guest, "tcp.8", 8),
+    ),
+    Measure::new(
+        Synthetic,
+        "latency",
+        "time from a request to its response over TCP",
+        streams::latency,
+    ),
+    Measure::new(
+        Synthetic,
+        "load",
+        "time from insmod to the carrier, memory that the driver takes",
+        module::load,
+    ),
+    Measure::new(Synthetic, "size", "size of the module", module::size),
+    Measure::new(
+        Vf,
+        "vf.instructions",
+        "guest instructions that the way through eth0 adds to sending on the VF",
+        vf::instructions,
+    ),
+    Measure::new(
+        Vf,
+        "vf.time",
+        "time that the way through eth0 adds to sending on the VF",
+        vf::time,
+    ),
+    Measure::new(
+        Vf,
+        "vf.tcp",
+        "TCP throughput of one stream by the VF, each way",
+        |bench, guest, _| streams::tcp(bench, guest, "vf.tcp", 1),
+    ),
+    Measure::new(
+        Vf,
+        "switch",
+        "data path switched: longest gap, packets lost",
+        vf::switch,
+    ),
+    Measure::new(
+        Queues,
+        "queues.tx",
+        "packets of 64 bytes sent in a second by two queues",
+        packets::rate_tx_queues,
+    ),
+    Measure::new(
+        Queues,
+        "queues.rx",
+        "packets of 64 bytes received in a second by two queues",
+        packets::rate_rx_queues,
+    ),
+    Measure::new(
+        Queues,
+        "channel",
+        "memory that a second channel takes",
+        module::channel,
+    ),
+];
 
 /// Those whose names begin with one of the words; all when there is none.
 pub fn choose(words: &[String]) -> Result<Vec<&'static Measure>> {
-    let chosen: Vec<_> = MEASURES
-        .iter()
-        .filter(|measure| {
-            words.is_empty()
-                || words
-                    .iter()
-                    .any(|word| measure.name.starts_with(word.as_str()))
-        })
-        .collect();
-    ensure(!chosen.is_empty(), || {
-        format!(
-            "no measure begins with '{}', see hvlab bench --list",
-            words.join("' or '")
-        )
-    })?;
-    Ok(chosen)
+    let known = |word: &String| {
+        MEASURES
+            .iter()
+            .any(|measure| measure.name.starts_with(word.as_str()))
+    };
+    if let Some(word) = words.iter().find(|word| !known(word)) {
+        return Err(format!("no measure begins with '{word}', see hvlab bench --list").into());
+    }
+    let wanted = |measure: &&Measure| {
+        words.is_empty()
+            || words
+                .iter()
+                .any(|word| measure.name.starts_with(word.as_str()))
+    };
+    Ok(MEASURES.iter().filter(wanted).collect())
 }
 
 /// Prints the measures.
 pub fn list() {
     for measure in &MEASURES {
-        println!("{:24} {}", measure.name, measure.title);
+        println!("{:20} {}", measure.name, measure.title);
     }
 }
 
-/// How often [`RUN`] packets are sent.
-fn runs(bench: &Bench<'_>) -> u64 {
-    if bench.options.quick {
-        1
-    } else {
-        20
+/// A value that is better when it is less.
+pub fn less(name: impl Into<String>, unit: &'static str, value: f64) -> Value {
+    Value {
+        name: name.into(),
+        unit: unit.to_owned(),
+        better: Better::Less,
+        value,
     }
 }
 
-/// What a count says about `packets` packets.
-fn instructions(
-    bench: &Bench<'_>,
-    guest: &Guest,
-    drivers: Drivers,
-    name: &str,
-    packets: u64,
-) -> Result<Vec<(String, f64)>> {
-    let Some(counter) = &bench.counter else {
-        return Ok(Vec::new());
-    };
-    let count = counter.take()?;
-    let symbols = if bench.options.profile {
-        Symbols::of_all(guest)?
-    } else {
-        Symbols::of_modules(guest)?
-    };
-    let profile = symbols.profile(&count);
-    let per_packet = |value: u64| value as f64 / packets as f64;
-    if bench.options.profile {
-        bench.note(&format!(
-            "[{drivers}] {name}: instructions per packet by function"
-        ));
-        for (function, instructions) in profile.functions.iter().take(FUNCTIONS) {
-            println!("    {:9.1}  {function}", per_packet(*instructions));
-        }
+/// A value that is better when it is more.
+pub fn more(name: impl Into<String>, unit: &'static str, value: f64) -> Value {
+    Value {
+        better: Better::More,
+        ..less(name, unit, value)
     }
-    Ok(vec![
-        (
-            name.to_owned(),
-            per_packet(count.total - profile.module("pktgen")),
-        ),
-        (
-            format!("{name}.driver"),
-            per_packet(profile.module("hv_netvsc")),
-        ),
-        (format!("{name}.exits"), per_packet(count.entries)),
-    ])
 }
 
-/// pktgen gives the driver one packet at a time.
-fn transmit(bench: &mut Bench<'_>, guest: &Guest, drivers: Drivers) -> Result<Vec<(String, f64)>> {
-    guest.sh(&format!(
-        "modprobe pktgen && cd /proc/net/pktgen && echo rem_device_all >kpktgend_0 && echo add_device eth0 >kpktgend_0 && \
-         for w in 'count {RUN}' 'pkt_size 60' 'dst_mac {NOBODY}' 'dst {NOWHERE}' 'udp_dst_min 9' 'udp_dst_max 9' \
-         'delay 0'; do echo $w >eth0 || exit; done"
-    ))?;
-    let runs = runs(bench);
-    let command = format!("lab-agent count --times {runs} --write /proc/net/pktgen/pgctrl=start");
-    let text = guest.sh_within(&command, LIMIT)?;
-    let _: count::Report = report(&command, &text)?;
-    let result = guest.sh("cat /proc/net/pktgen/eth0")?;
-    ensure(result.contains("Result: OK"), || result.clone())?;
-    instructions(bench, guest, drivers, "instructions.tx", runs * RUN)
-}
-
-/// The stack segments large UDP sends, and gives the driver all segments of one at once.
-fn transmit_bursts(
-    bench: &mut Bench<'_>,
-    guest: &Guest,
-    drivers: Drivers,
-) -> Result<Vec<(String, f64)>> {
-    guest.sh(&format!(
-        "ip neighbour replace {NOWHERE} lladdr {NOBODY} dev eth0"
-    ))?;
-    let runs = runs(bench);
-    let command =
-        format!("lab-agent count --times {runs} --packets {RUN} --burst {BURST} --to {NOWHERE}:9");
-    let text = guest.sh_within(&command, LIMIT)?;
-    let _: count::Report = report(&command, &text)?;
-    instructions(bench, guest, drivers, "instructions.tx-burst", runs * RUN)
-}
-
-fn receive(bench: &mut Bench<'_>, guest: &Guest, drivers: Drivers) -> Result<Vec<(String, f64)>> {
-    let packets = runs(bench) * RUN;
-    let nic = guest.nics[0].clone();
-    let link = Link::new(guest, bench.lab, &nic);
-    guest.sh("ip link set eth0 promisc on")?;
-    let flood = guest.peer_tool(
-        link.lab,
-        &nic,
-        &format!(
-            "flood --interface peer --destination {NOBODY} --to {} --from {} --count {packets} --wait-on 5000",
-            nic.guest_v4(),
-            nic.peer_v4()
-        ),
-    )?;
-    let command = format!(
-        "lab-agent count --kick {}:5000 --until /sys/class/net/eth0/statistics/rx_packets --by {packets}",
-        nic.peer_v4()
-    );
-    let text = guest.sh_within(&command, LIMIT)?;
-    let counted: count::Report = report(&command, &text)?;
-    let flood: flood::Report = flood.report(Duration::from_secs(10))?;
-    guest.sh("ip link set eth0 promisc off")?;
-    ensure(counted.grown >= packets, || {
-        format!("{} of {} packets arrived", counted.grown, flood.sent)
-    })?;
-    instructions(bench, guest, drivers, "instructions.rx", counted.grown)
+/// Fails unless each is a number, and not a negative one where that makes no sense.
+pub fn check(values: &[Value]) -> Result<()> {
+    for Value { name, value, .. } in values {
+        ensure(value.is_finite(), || format!("{name} is {value}"))?;
+    }
+    Ok(())
 }
