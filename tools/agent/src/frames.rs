@@ -26,7 +26,6 @@ const WINDOW: u32 = 128;
 const ACKNOWLEDGE_EVERY: u32 = 16;
 /// When no acknowledgement comes for so long, what is outstanding is lost.
 const STALL: Duration = Duration::from_secs(2);
-const ATTEMPTS: u32 = 20;
 
 const DATA: u8 = 1;
 const END: u8 = 2;
@@ -62,6 +61,9 @@ pub struct SendOptions {
     /// Hardware address of the other end
     #[arg(long)]
     pub destination: String,
+    /// How often to ask whether the other end has seen the last frame
+    #[arg(long, default_value_t = 20)]
+    pub attempts: u32,
 }
 
 /// Options of the receiver.
@@ -242,7 +244,7 @@ pub fn send(options: &SendOptions) -> io::Result<SendReport> {
             count: common.count,
         },
     );
-    'end: for _ in 0..ATTEMPTS {
+    'end: for _ in 0..options.attempts {
         socket.send(&end)?;
         let deadline = Instant::now() + Duration::from_millis(500);
         while let Some(wait) = deadline.checked_duration_since(Instant::now()) {

@@ -28,6 +28,7 @@ mod tap;
 mod traffic;
 mod versions;
 mod vf;
+mod xdp;
 
 use clap::{Args, ValueEnum};
 
@@ -139,7 +140,7 @@ struct Scenario {
 }
 
 /// In the order of their numbers, which start at 1.
-const SCENARIOS: [Scenario; 14] = [
+const SCENARIOS: [Scenario; 15] = [
     Scenario {
         name: "one-nic",
         title: "one NIC, no VF: addresses, traffic, VLAN, MTU, frames of all sizes",
@@ -199,6 +200,11 @@ const SCENARIOS: [Scenario; 14] = [
         name: "suspend",
         title: "hibernation: the connection ends and is made again, on another host, too",
         run: suspend::run,
+    },
+    Scenario {
+        name: "xdp",
+        title: "XDP programs: each verdict, redirection, the VF, MTU and LRO",
+        run: xdp::run,
     },
     Scenario {
         name: "selftests",

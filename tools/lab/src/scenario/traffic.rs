@@ -128,14 +128,16 @@ impl<'a> Link<'a> {
 
     /// Raw frames of random sizes from the guest to the peer, all contents checked.
     pub fn frames_out(&self, count: u32, largest: usize) -> Result<()> {
+        self.frames_out_to(self.peer_interface(), count, largest)
+    }
+
+    /// The same to another interface of the peer.
+    pub fn frames_out_to(&self, interface: &str, count: u32, largest: usize) -> Result<()> {
         let common = format!("--count {count} --largest {largest} --seed {count}");
         let receiver = self.guest.peer_tool(
             self.lab,
             self.nic,
-            &format!(
-                "frames-receive --interface {} {common}",
-                self.peer_interface()
-            ),
+            &format!("frames-receive --interface {interface} {common}"),
         )?;
         let command = format!(
             "lab-agent frames-send --interface {} --destination {} {common}",
@@ -173,6 +175,39 @@ impl<'a> Link<'a> {
         let received: frames::ReceiveReport =
             report(&command, &format!("{}{}", exit.stdout, exit.stderr))?;
         complete(&sent, &received, count, largest)
+    }
+
+    /// Raw frames from the peer that come back to it, all contents checked.
+    pub fn frames_back(&self, count: u32, largest: usize) -> Result<()> {
+        let common = format!(
+            "--interface {} --count {count} --largest {largest} --seed {count}",
+            self.peer_interface()
+        );
+        let tool = |tool: String| self.guest.peer_tool(self.lab, self.nic, &tool);
+        let receiver = tool(format!("frames-receive {common}"))?;
+        let sender = tool(format!(
+            "frames-send --destination {} {common}",
+            self.nic.mac()
+        ))?;
+        let sent: frames::SendReport = sender.report(Duration::from_secs(180))?;
+        let received: frames::ReceiveReport = receiver.report(Duration::from_secs(40))?;
+        complete(&sent, &received, count, largest)
+    }
+
+    /// Raw frames from the peer that nobody is to answer. Returns how many were sent, with the one
+    /// that asks for an answer at the end.
+    pub fn frames_nowhere(&self, count: u32) -> Result<u64> {
+        let command = format!(
+            "frames-send --interface {} --destination {} --count {count} --attempts 1",
+            self.peer_interface(),
+            self.nic.mac()
+        );
+        let sender = self.guest.peer_tool(self.lab, self.nic, &command)?;
+        let sent: frames::SendReport = sender.report(Duration::from_secs(60))?;
+        ensure(sent.sent == count && !sent.confirmed, || {
+            format!("somebody answered: {sent:?}")
+        })?;
+        Ok(u64::from(sent.sent) + 1)
     }
 
     /// The peer's interface.
