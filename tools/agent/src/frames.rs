@@ -75,6 +75,9 @@ pub struct ReceiveOptions {
     /// Give up when nothing came for so many seconds
     #[arg(long, default_value_t = 30)]
     pub idle: u64,
+    /// Take only frames with this hash of the driver
+    #[arg(long)]
+    pub hash: Option<u32>,
 }
 
 /// What the sender saw.
@@ -172,6 +175,33 @@ fn parse(buffer: &[u8]) -> Option<Frame> {
     })
 }
 
+/// A frame as [`send`] sends it.
+pub fn frame(common: &Common, sequence: u32, to: Mac, from: Mac) -> Vec<u8> {
+    let mut buffer = vec![0; common.size(sequence)];
+    fill(&mut buffer, common, sequence, to, from);
+    buffer
+}
+
+/// The frame that ends what [`send`] sends.
+pub fn end_frame(common: &Common, to: Mac, from: Mac) -> Vec<u8> {
+    let frame = Frame {
+        kind: END,
+        sequence: common.count,
+        count: common.count,
+    };
+    short(to, from, &frame).to_vec()
+}
+
+fn fill(buffer: &mut [u8], common: &Common, sequence: u32, to: Mac, from: Mac) {
+    let frame = Frame {
+        kind: DATA,
+        sequence,
+        count: common.count,
+    };
+    compose(buffer, to, from, &frame);
+    Pattern::new(common.seed, sequence.into()).fill(&mut buffer[HEADER..]);
+}
+
 /// A short frame, padded to the smallest that Ethernet knows.
 fn short(to: Mac, from: Mac, frame: &Frame) -> [u8; 60] {
     let mut buffer = [0; 60];
@@ -220,30 +250,12 @@ pub fn send(options: &SendOptions) -> io::Result<SendReport> {
             progress = Instant::now();
         }
         let frame = &mut buffer[..common.size(report.sent)];
-        compose(
-            frame,
-            to,
-            from,
-            &Frame {
-                kind: DATA,
-                sequence: report.sent,
-                count: common.count,
-            },
-        );
-        Pattern::new(common.seed, report.sent.into()).fill(&mut frame[HEADER..]);
+        fill(frame, common, report.sent, to, from);
         socket.send(frame)?;
         report.sent += 1;
         report.bytes += frame.len() as u64;
     }
-    let end = short(
-        to,
-        from,
-        &Frame {
-            kind: END,
-            sequence: common.count,
-            count: common.count,
-        },
-    );
+    let end = end_frame(common, to, from);
     'end: for _ in 0..options.attempts {
         socket.send(&end)?;
         let deadline = Instant::now() + Duration::from_millis(500);
@@ -265,6 +277,9 @@ pub fn receive(options: &ReceiveOptions) -> io::Result<ReceiveReport> {
     let common = &options.common;
     common.check()?;
     let socket = Socket::open(&common.interface)?;
+    if let Some(hash) = options.hash {
+        socket.only_with_hash(hash)?;
+    }
     let own = address_of(&common.interface)?;
     // The runner starts the sender when it reads this.
     eprintln!("ready");

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
-use lab_agent::{count, counters, flood, frames, module, netns, rr, serve, tcp, udp};
+use lab_agent::{count, counters, flood, frames, module, netns, packet, rr, serve, tcp, udp};
 use nix::sys::signal::SigSet;
 use serde::Serialize;
 
@@ -52,6 +52,14 @@ enum Task {
     FramesSend(frames::SendOptions),
     /// Receive and check raw frames
     FramesReceive(frames::ReceiveOptions),
+    /// Send one frame as it is
+    FrameSend {
+        /// The interface to use
+        #[arg(long)]
+        interface: String,
+        /// The frame as hexadecimal digits
+        frame: String,
+    },
     /// Send a sequence-numbered UDP stream
     UdpSend(udp::SendOptions),
     /// Receive a sequence-numbered UDP stream
@@ -90,6 +98,9 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
         Task::Rr(options) => print(&rr::ask(&options)?)?,
         Task::FramesSend(options) => print(&frames::send(&options)?)?,
         Task::FramesReceive(options) => print(&frames::receive(&options)?)?,
+        Task::FrameSend { interface, frame } => {
+            packet::Socket::sender(&interface)?.send(&packet::parse_frame(&frame)?)?;
+        }
         Task::UdpSend(options) => print(&udp::send(&options, &*on_interrupt()?)?)?,
         Task::UdpReceive(options) => print(&udp::receive(&options)?)?,
         Task::TcpSend(options) => print(&tcp::send(&options, &*on_interrupt()?)?)?,

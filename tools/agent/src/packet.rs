@@ -27,8 +27,17 @@ pub struct Socket(OwnedFd);
 impl Socket {
     /// Opens a socket on `interface` which gets the frames of [`ETHERTYPE`].
     pub fn open(interface: &str) -> io::Result<Self> {
+        Self::with_type(interface, ETHERTYPE)
+    }
+
+    /// Opens a socket on `interface` which only sends, frames of any EtherType.
+    pub fn sender(interface: &str) -> io::Result<Self> {
+        Self::with_type(interface, 0)
+    }
+
+    fn with_type(interface: &str, ethertype: u16) -> io::Result<Self> {
         let index = if_nametoindex(interface)?;
-        let protocol = ETHERTYPE.to_be();
+        let protocol = ethertype.to_be();
         // SAFETY: the call takes no pointer.
         let fd = unsafe {
             libc::socket(
@@ -64,6 +73,42 @@ impl Socket {
             return Err(io::Error::last_os_error());
         }
         Ok(socket)
+    }
+
+    /// Takes only frames whose hash is this one, as their driver has noted it.
+    pub fn only_with_hash(&self, hash: u32) -> io::Result<()> {
+        let instruction = |code: u32, jf: u8, k: u32| libc::sock_filter {
+            code: code as u16,
+            jt: 0,
+            jf,
+            k,
+        };
+        let ancillary = (libc::SKF_AD_OFF + libc::SKF_AD_RXHASH) as u32;
+        let mut program = [
+            instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, ancillary),
+            instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, hash),
+            instruction(libc::BPF_RET | libc::BPF_K, 0, u32::MAX),
+            instruction(libc::BPF_RET | libc::BPF_K, 0, 0),
+        ];
+        let filter = libc::sock_fprog {
+            len: program.len() as u16,
+            filter: program.as_mut_ptr(),
+        };
+        // SAFETY: `filter` is a valid sock_fprog of the length given; it and the program it points
+        // to outlive the call, which only reads them.
+        let attached = unsafe {
+            libc::setsockopt(
+                self.0.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_ATTACH_FILTER,
+                (&raw const filter).cast(),
+                size_of::<libc::sock_fprog>() as u32,
+            )
+        };
+        match attached {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Sends one whole frame.
@@ -146,6 +191,21 @@ pub fn parse_mac(text: &str) -> io::Result<Mac> {
     }
 }
 
+/// Reads a frame as hexadecimal digits.
+pub fn parse_frame(text: &str) -> io::Result<Vec<u8>> {
+    let digits: Option<Vec<u32>> = text.chars().map(|digit| digit.to_digit(16)).collect();
+    match digits {
+        Some(digits) if digits.len() % 2 == 0 => Ok(digits
+            .chunks_exact(2)
+            .map(|pair| (pair[0] << 4 | pair[1]) as u8)
+            .collect()),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "a frame is an even number of hexadecimal digits",
+        )),
+    }
+}
+
 fn bad_mac(text: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidInput,
@@ -156,6 +216,13 @@ fn bad_mac(text: &str) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn frames_as_digits() {
+        assert_eq!(parse_frame("00aF").ok(), Some(vec![0, 0xaf]));
+        assert!(parse_frame("00a").is_err());
+        assert!(parse_frame("0x").is_err());
+    }
 
     #[test]
     fn hardware_addresses() {

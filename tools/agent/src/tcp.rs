@@ -2,13 +2,16 @@
 //! A TCP stream with checked contents: does it live, and how long did it
 //! ever stand still?
 
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use nix::sys::sendfile::sendfile64;
 use serde::{Deserialize, Serialize};
 
 use crate::gap::Gap;
@@ -16,6 +19,11 @@ use crate::pattern::Pattern;
 
 /// The contents repeat after that many bytes.
 const BLOCK: usize = 8192;
+
+/// Bytes in a page of memory.
+const PAGE: usize = 4096;
+/// Bytes of a piece that is sent from a file.
+const SLICE: usize = 4000;
 
 /// Options of the sender.
 #[derive(Debug, Clone, Args)]
@@ -29,6 +37,9 @@ pub struct SendOptions {
     /// Seconds; a SIGINT ends it earlier
     #[arg(long, default_value_t = 3600)]
     pub duration: u64,
+    /// Send pages of a file, one piece from each offset within a page, and end
+    #[arg(long)]
+    pub offsets: bool,
 }
 
 /// Options of the receiver.
@@ -63,6 +74,9 @@ fn block() -> Vec<u8> {
 
 /// Sends until the time is over or `stop` is set, then closes the stream.
 pub fn send(options: &SendOptions, stop: &AtomicBool) -> io::Result<Report> {
+    if options.offsets {
+        return send_offsets(options);
+    }
     let mut stream = TcpStream::connect(options.to)?;
     stream.set_nodelay(true)?;
     // So that a stop is noticed on a stream that stands still.
@@ -97,6 +111,36 @@ pub fn send(options: &SendOptions, stop: &AtomicBool) -> io::Result<Report> {
         }
     }
     report.longest_gap_ms = gap.longest_ms();
+    report.milliseconds = start.elapsed().as_millis() as u64;
+    Ok(report)
+}
+
+/// Sends a piece from each offset within a page. The pages themselves are sent, not copies of
+/// them, so each is written once only.
+fn send_offsets(options: &SendOptions) -> io::Result<Report> {
+    let path = std::env::temp_dir().join(format!("tcp-send-{}", std::process::id()));
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)?;
+    fs::remove_file(&path)?;
+    let stream = TcpStream::connect(options.to)?;
+    let block = block().repeat(2);
+    let start = Instant::now();
+    let mut report = Report::default();
+    for offset in 0..PAGE {
+        let place = (offset * 2 * PAGE + offset) as u64;
+        let at = report.bytes as usize % BLOCK;
+        file.write_all_at(&block[at..at + SLICE], place)?;
+        let mut next = place as i64;
+        let end = next + SLICE as i64;
+        while next < end {
+            let left = (end - next) as usize;
+            let sent = sendfile64(&stream, &file, Some(&mut next), left)?;
+            report.bytes += sent as u64;
+        }
+    }
     report.milliseconds = start.elapsed().as_millis() as u64;
     Ok(report)
 }
@@ -153,7 +197,18 @@ mod tests {
 
     #[test]
     fn a_stream_arrives_whole() {
-        let address = SocketAddr::from(([127, 0, 0, 1], 38_741));
+        let bytes = transfer(38_741, false);
+        assert!(bytes > 100_000);
+    }
+
+    #[test]
+    fn pages_arrive_whole() {
+        assert_eq!(transfer(38_742, true), (PAGE * SLICE) as u64);
+    }
+
+    /// Sends to ourselves; how many bytes arrived.
+    fn transfer(port: u16, offsets: bool) -> u64 {
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
         let receiver = thread::spawn(move || {
             receive(&ReceiveOptions {
                 bind: address,
@@ -164,6 +219,7 @@ mod tests {
             to: address,
             rate: 1_000_000,
             duration: 1,
+            offsets,
         };
         let stop = AtomicBool::new(false);
         let sent = loop {
@@ -179,7 +235,7 @@ mod tests {
             .unwrap_or_default();
         assert_eq!(sent.error, None);
         assert_eq!(received.error, None);
-        assert!(sent.bytes > 100_000);
         assert_eq!(sent.bytes, received.bytes);
+        received.bytes
     }
 }

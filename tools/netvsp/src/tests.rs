@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::config::{Config, Fault, FaultAction, FaultPoint};
+use crate::config::{Config, Fault, FaultAction, FaultPoint, Raw};
 use crate::device::{lock, Nic};
 use crate::frame::{self, tests::tcp_frame, Mac, Network, VnetHeader};
 use crate::port::{Delivery, RxFrame, SwitchPort, VfSink};
@@ -1199,6 +1199,7 @@ fn sections_are_held_until_completed() {
     });
     guest.none(|guest| guest.frames.pop_front());
     assert_eq!(guest.count("synthetic.rx_no_room"), 5);
+    assert_eq!(guest.count("synthetic.rx_sections_held"), 10);
     guest.hold = false;
     for (channel, id) in std::mem::take(&mut guest.held) {
         guest.complete(channel, id);
@@ -1543,6 +1544,74 @@ fn faults() {
     inject(&guest, subchannels, FaultAction::Refuse);
     assert_eq!(guest.subchannels(1), 0);
     assert_eq!(guest.subchannels(1), 1);
+}
+
+#[test]
+fn settings_change_the_host() {
+    let mut guest = Guest::new(|_| ());
+    guest.nic.adjust(|settings| {
+        settings.receive_section_size = Some(2001);
+        settings.subchannels = Some(1);
+    });
+    guest.connect(1514);
+    assert_eq!(guest.section_size, 2001);
+    assert_eq!(guest.subchannels(3), 1);
+    guest.up();
+
+    let message = packet_message(&plain_frame(PEER, 100, 1), &[], 0);
+    guest
+        .nic
+        .adjust(|settings| settings.packet_status = Some(7));
+    assert_eq!(guest.send_pages(0, &message, false), 7);
+    guest.nic.adjust(|settings| {
+        settings.packet_status = None;
+        settings.hold_completions = Some(1);
+    });
+    let id = guest.next_id;
+    guest.pages.write_at(0, &message).unwrap();
+    let range = GpaRange {
+        byte_count: message.len() as u32,
+        byte_offset: 0,
+        pfns: vec![0],
+    };
+    let head = nvsp::encode(&nvsp::SendRndisPacket {
+        channel_type: U32::ZERO,
+        section_index: U32::new(nvsp::INVALID_SECTION),
+        section_size: U32::ZERO,
+    });
+    guest.channels[0].put(PacketKind::GpaDirect(vec![range]), id, true, &head);
+    guest.none(|guest| guest.completions.remove(&id));
+    // It was taken nevertheless.
+    assert_eq!(guest.count("synthetic.tx_in_pages"), 2);
+    guest
+        .nic
+        .adjust(|settings| settings.hold_completions = None);
+    guest.wait("completion", |guest| guest.completions.remove(&id));
+}
+
+#[test]
+fn messages_are_sent_as_they_are() {
+    let mut guest = Guest::new(|_| ());
+    assert!(guest.nic.send_raw(&Raw::Nvsp(Vec::new())).is_err());
+    guest.connect(1514);
+    guest.up();
+    let send = |guest: &Guest, raw| guest.nic.send_raw(&raw);
+    send(&guest, Raw::Nvsp(vec![1, 2, 3])).unwrap();
+    let message = guest.wait("message", |guest| guest.inband.pop_front());
+    assert_eq!(message, [1, 2, 3]);
+    send(&guest, Raw::Completion(0xdead, vec![4])).unwrap();
+    let completion = guest.wait("completion", |guest| guest.completions.remove(&0xdead));
+    assert_eq!(completion, [4]);
+    let frame = plain_frame(MAC, 300, 9);
+    let messages = vec![packet_message(&frame, &[(PpiType::HASH_VALUE, 5)], 0)];
+    let rndis = |messages| Raw::Rndis {
+        control: false,
+        messages,
+    };
+    send(&guest, rndis(messages)).unwrap();
+    let received = guest.frame();
+    assert_eq!((received.frame, received.info.hash), (frame, Some(5)));
+    assert!(send(&guest, rndis(vec![vec![0; 1729]])).is_err());
 }
 
 #[test]
