@@ -14,11 +14,13 @@ mod ending;
 mod faults;
 mod flaps;
 mod four_nics;
+mod frames;
 mod guest;
 mod host;
 pub mod level1;
 mod no_driver;
 mod observe;
+mod odd_hosts;
 mod one_nic;
 mod reload;
 mod selftests;
@@ -140,7 +142,7 @@ struct Scenario {
 }
 
 /// In the order of their numbers, which start at 1.
-const SCENARIOS: [Scenario; 15] = [
+const SCENARIOS: [Scenario; 17] = [
     Scenario {
         name: "one-nic",
         title: "one NIC, no VF: addresses, traffic, VLAN, MTU, frames of all sizes",
@@ -205,6 +207,16 @@ const SCENARIOS: [Scenario; 15] = [
         name: "xdp",
         title: "XDP programs: each verdict, redirection, the VF, MTU and LRO",
         run: xdp::run,
+    },
+    Scenario {
+        name: "frames",
+        title: "frames with all that goes with them, and a host slow to take them",
+        run: frames::run,
+    },
+    Scenario {
+        name: "odd-hosts",
+        title: "a host with other values, and messages that nobody asked for",
+        run: odd_hosts::run,
     },
     Scenario {
         name: "selftests",

@@ -275,7 +275,7 @@ fn sysfs(driver: &str, device: &str, what: &str) -> String {
 }
 
 /// Binds or unbinds the synthetic device; bound, the interface is up and has its addresses.
-fn netvsc(guest: &Guest, nic: &Nic, what: &str) -> Result<()> {
+pub fn netvsc(guest: &Guest, nic: &Nic, what: &str) -> Result<()> {
     guest.sh(&sysfs("hv_netvsc", &nic.instance(), what))?;
     if what == "bind" {
         guest.sh(&format!(
@@ -289,7 +289,7 @@ fn netvsc(guest: &Guest, nic: &Nic, what: &str) -> Result<()> {
 }
 
 /// What the guest holds of the host.
-fn held(guest: &Guest) -> Result<BTreeMap<String, u64>> {
+pub fn held(guest: &Guest) -> Result<BTreeMap<String, u64>> {
     let mut counters = guest.host.counters()?;
     counters.retain(|name, _| {
         name == "vmbus.gpadls" || name == "vmbus.channels.open" || name.ends_with("interrupts.live")
@@ -307,7 +307,7 @@ fn faults(guest: &Guest) -> Result<u64> {
 }
 
 /// Waits until the guest holds no more than before.
-fn released(guest: &Guest, before: &BTreeMap<String, u64>) -> Result<()> {
+pub fn released(guest: &Guest, before: &BTreeMap<String, u64>) -> Result<()> {
     let mut last = BTreeMap::new();
     eventually(Duration::from_secs(5), "nothing is left", || {
         last = held(guest)?;
@@ -317,7 +317,7 @@ fn released(guest: &Guest, before: &BTreeMap<String, u64>) -> Result<()> {
 }
 
 /// The errors logged since the last time must be these, each at least once.
-fn account(guest: &Guest, patterns: &[&str]) -> Result<()> {
+pub fn account(guest: &Guest, patterns: &[&str]) -> Result<()> {
     let lines = account_for(guest, patterns)?;
     for pattern in patterns {
         let regex = Regex::new(pattern)?;
@@ -329,7 +329,7 @@ fn account(guest: &Guest, patterns: &[&str]) -> Result<()> {
 }
 
 /// The same where there need not be any.
-fn account_optional(guest: &Guest, patterns: &[&str]) -> Result<()> {
+pub fn account_optional(guest: &Guest, patterns: &[&str]) -> Result<()> {
     account_for(guest, patterns).map(drop)
 }
 

@@ -43,6 +43,10 @@ pub struct Nic {
     pub vf: bool,
     /// Index of the NIC on whose network it is, without a peer of its own.
     pub lan: Option<usize>,
+    /// The NIC whose address it has; its own index as a rule.
+    pub twin: usize,
+    /// More properties for the host.
+    pub more: &'static str,
 }
 
 impl Nic {
@@ -54,6 +58,8 @@ impl Nic {
             bus: format!("e9ac9b28-{:04x}-4466-9ae3-4b849c3ee03b", 0x7870 + index),
             vf: false,
             lan: None,
+            twin: index,
+            more: "",
         }
     }
 
@@ -75,7 +81,7 @@ impl Nic {
 
     /// Hardware address, as the guest prints it.
     pub fn mac(&self) -> String {
-        format!("60:45:bd:e9:60:{:02x}", 0xa3 + self.index)
+        format!("60:45:bd:e9:60:{:02x}", 0xa3 + self.twin)
     }
 
     /// The instance GUID, which repeats the address as on Azure.
@@ -238,6 +244,7 @@ impl Guest {
             if let Some(lan) = nic.lan {
                 text += &format!(",lan={lan}");
             }
+            text += &format!(",bus={}{}", nic.bus, nic.more);
             if nic.vf {
                 text += ",vf=mana";
             }

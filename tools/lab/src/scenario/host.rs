@@ -7,7 +7,9 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use lab_control::{Client, DataPath, Fault, NicStatus, Reply, Request, Status, Target};
+use lab_control::{
+    Client, DataPath, Fault, Kind, LogPage, NicStatus, Reply, Request, Setting, Status, Target,
+};
 
 use super::guest::Nic;
 use super::Result;
@@ -61,7 +63,7 @@ impl Host {
         }
     }
 
-    /// A NIC's state; NICs are told apart by their address, as they may come in any order.
+    /// A NIC's state; NICs are told apart by their instance, as they may come in any order.
     pub fn nic(&self, nic: &Nic) -> Result<NicStatus> {
         let status = self.status()?;
         let number = number(&status, nic)?;
@@ -95,6 +97,68 @@ impl Host {
     pub fn nic_link(&self, nic: &Nic, up: bool) -> Result<()> {
         let nic = self.number(nic)?;
         self.request(&Request::NicLink { nic, up }).map(drop)
+    }
+
+    /// Tells the guest that a NIC hangs on another network now.
+    pub fn change_network(&self, nic: &Nic) -> Result<()> {
+        let nic = self.number(nic)?;
+        self.request(&Request::ChangeNetwork { nic }).map(drop)
+    }
+
+    /// Lets the synthetic NIC behave otherwise than usually, or as usual.
+    pub fn set(&self, nic: &Nic, setting: Setting, value: Option<u32>) -> Result<()> {
+        let nic = self.number(nic)?;
+        self.request(&Request::Set {
+            nic,
+            setting,
+            value,
+        })
+        .map(drop)
+    }
+
+    /// Sends messages to the driver of the synthetic NIC as they are.
+    pub fn send(&self, nic: &Nic, kind: Kind, messages: &[Vec<u8>], times: u32) -> Result<()> {
+        let hex = |bytes: &Vec<u8>| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.request(&Request::Send {
+            nic: self.number(nic)?,
+            kind,
+            transaction: u64::MAX,
+            messages: messages.iter().map(hex).collect(),
+            times,
+        })
+        .map(drop)
+    }
+
+    /// The number of the message log's next line.
+    pub fn log_end(&self) -> Result<u64> {
+        let mut since = 0;
+        loop {
+            let page = self.log_page(since)?;
+            if page.lines.is_empty() {
+                return Ok(page.next);
+            }
+            since = page.next;
+        }
+    }
+
+    /// The lines of the message log from one on.
+    pub fn log_since(&self, mut since: u64) -> Result<Vec<String>> {
+        let mut lines = Vec::new();
+        loop {
+            let page = self.log_page(since)?;
+            if page.lines.is_empty() {
+                return Ok(lines);
+            }
+            lines.extend(page.lines);
+            since = page.next;
+        }
+    }
+
+    fn log_page(&self, since: u64) -> Result<LogPage> {
+        match self.request(&Request::Log { since })? {
+            Reply::Log(page) => Ok(page),
+            other => Err(format!("host: log: {other:?}").into()),
+        }
     }
 
     /// Lets something go wrong the next times it comes up.
@@ -152,14 +216,14 @@ impl Host {
 }
 
 fn number(status: &Status, nic: &Nic) -> Result<u32> {
-    let mac = nic.mac();
+    let instance = nic.instance();
     let found = status
         .nics
         .iter()
-        .position(|candidate| candidate.mac.eq_ignore_ascii_case(&mac));
+        .position(|candidate| candidate.instance.eq_ignore_ascii_case(&instance));
     match found {
         Some(number) => Ok(number as u32),
-        None => Err(format!("the host has no NIC {mac}: {status:?}").into()),
+        None => Err(format!("the host has no NIC {instance}: {status:?}").into()),
     }
 }
 

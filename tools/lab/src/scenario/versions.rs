@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Scenario 8: a host that takes only older protocol versions.
 
-use super::guest::{Boot, Nic};
+use super::guest::{Boot, Guest, Nic};
+use super::odd_hosts::{send_table_found, teardown};
 use super::traffic::{Iperf, Link};
 use super::vf::bonded;
 use super::{ensure, Context, Result};
@@ -68,7 +69,43 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
             link.frames_out(1000, 1514)?;
             link.frames_in(1000, 1514)
         });
+        context.check(
+            &format!("NVSP {nvsp}: the host is told what it must know"),
+            || announced(&guest, nvsp),
+        );
+        if matches!(nvsp, "5.0" | "6.0") {
+            context.check(
+                "a send table is found where old hosts put it, whatever they say",
+                || send_table_found(&link),
+            );
+        }
+        context.check("teardown order from VMBus 4.0 on", || {
+            teardown(&guest, &nic, false)
+        });
         context.finish(guest)?;
     }
     Ok(())
+}
+
+/// NDIS version, largest frame and capabilities, by the version of NVSP.
+fn announced(guest: &Guest, nvsp: &str) -> Result<()> {
+    let lines = guest.host.log_since(0)?;
+    let (ndis, config) = match nvsp {
+        "1.0" => ("6.1", None),
+        // The tag of a VLAN; with VFs and teaming; with coalesced packets.
+        "2.0" | "4.0" => ("6.1", Some(0x8)),
+        "5.0" | "6.0" => ("6.30", Some(0x2c)),
+        _ => ("6.30", Some(0xac)),
+    };
+    let field = |name: &str| {
+        let line = lines.iter().find(|line| line.contains(name))?;
+        line.split_once(name).map(|(_, fields)| fields.trim())
+    };
+    let version = field(" NVSP_SEND_NDIS_VERSION ");
+    let told = field(" NVSP_SEND_NDIS_CONFIG ");
+    let wanted = config.map(|bits| format!("max_frame=1514 capabilities={bits:#x}"));
+    ensure(
+        version == Some(&format!("version={ndis}")) && told == wanted.as_deref(),
+        || format!("NDIS version {version:?}, configuration {told:?}, expected {ndis}, {wanted:?}"),
+    )
 }
