@@ -22,6 +22,8 @@ mod no_driver;
 mod observe;
 mod odd_hosts;
 mod one_nic;
+#[cfg(test)]
+mod parity;
 mod reload;
 mod selftests;
 mod servicing;
@@ -231,7 +233,7 @@ const SCENARIOS: [Scenario; 17] = [
 ];
 
 /// Run only when they are named.
-const ON_DEMAND: [&str; 2] = ["selftests", "selftests-all"];
+const ON_DEMAND: [&str; 4] = ["frames", "odd-hosts", "selftests", "selftests-all"];
 
 /// What is compared between the driver sets: whether ours, and `scenario.name`, to the value.
 type Measurements = BTreeMap<(bool, String), u64>;
