@@ -34,6 +34,12 @@ pub const MAX_PPI_SIZE: usize = 4 * PPI_SIZE;
 
 const PPI_HEADER_SIZE: usize = size_of::<PpiHeader>();
 
+/// What [`Error::OutOfBounds`] calls the frame of a packet.
+pub const FRAME: &str = "frame";
+
+/// What [`Error::OutOfBounds`] calls all per-packet information of a packet.
+pub const PPIS: &str = "per-packet information";
+
 /// Major version of the protocol.
 pub const MAJOR_VERSION: u32 = 1;
 
@@ -702,13 +708,13 @@ pub fn packet_layout(message: &[u8], available: usize) -> Result<PacketLayout, E
         PACKET_HEADER_SIZE..PACKET_HEADER_SIZE
     } else {
         checked(
-            "per-packet information",
+            PPIS,
             head.per_packet_info_offset,
             head.per_packet_info_length,
         )?
     };
     Ok(PacketLayout {
-        frame: checked("frame", head.data_offset, head.data_length)?,
+        frame: checked(FRAME, head.data_offset, head.data_length)?,
         ppis,
     })
 }

@@ -10,6 +10,7 @@ use hyperv_wire::{
     nvsp::{
         Capabilities,
         DataPath,
+        MessageType,
         SubchannelOperation,
         Version, //
     }, //
@@ -25,6 +26,7 @@ use kernel::{
         Monotonic, //
     }, //
 };
+use net::netdev_err;
 use vmbus::{
     new_spinlock_irq,
     sync::SpinLockIrq,
@@ -157,8 +159,22 @@ fn request<B: nvsp::Body>(shared: &Shared, body: &B) -> Result<([u8; ANSWER_SIZE
 /// Sends a request whose answer is a message of the given kind.
 fn call<B: nvsp::Body, A: nvsp::Body>(shared: &Shared, body: &B) -> Result<A> {
     let (message, len) = request(shared, body)?;
-    nvsp::decode(&message[..len]).map_err(|e| {
-        pr_err!("{}\n", net::Shown(e));
+    nvsp::decode(&message[..len]).map_err(|error| {
+        match error {
+            nvsp::Error::UnexpectedType { found, .. } => netdev_err!(
+                shared.dev,
+                "Unknown send completion type {} received!!\n",
+                found.0
+            ),
+            _ => {
+                let what = match A::TYPE {
+                    MessageType::INIT_COMPLETE => "nvsp_msg",
+                    MessageType::SUBCHANNEL => "nvsp_msg5",
+                    _ => "nvsp_msg1",
+                };
+                netdev_err!(shared.dev, "{} length too small: {}\n", what, len);
+            }
+        }
         net::eproto()
     })
 }
@@ -243,7 +259,7 @@ pub(crate) fn share_recv_buffer(
         .ok_or(EINVAL)?
         .min(max_recv_buffer(version));
     let gpadl = Gpadl::new(hv, size as usize)
-        .inspect_err(|_| dev_err!(hv.as_ref(), "unable to establish receive buffer's gpadl\n"))?;
+        .inspect_err(|_| netdev_err!(shared.dev, "unable to establish receive buffer's gpadl\n"))?;
     let answer: nvsp::SendReceiveBufferComplete = call(
         shared,
         &nvsp::SendReceiveBuffer {
@@ -252,16 +268,16 @@ pub(crate) fn share_recv_buffer(
         },
     )?;
     if answer.status.get() != nvsp::Status::SUCCESS.0 {
-        dev_err!(
-            hv.as_ref(),
+        netdev_err!(
+            shared.dev,
             "Unable to complete receive buffer initialization with NetVsp - status {}\n",
             answer.status.get()
         );
         return Err(EINVAL);
     }
     RecvBuffer::new(gpadl, &answer).inspect_err(|_| {
-        dev_err!(
-            hv.as_ref(),
+        netdev_err!(
+            shared.dev,
             "invalid recv_section_size {}\n",
             answer.section.suballocation_size.get()
         );
@@ -281,7 +297,7 @@ pub(crate) fn share_send_buffer(
         .checked_mul(config.send_section_size)
         .ok_or(EINVAL)?;
     let gpadl = Gpadl::new(hv, size as usize)
-        .inspect_err(|_| dev_err!(hv.as_ref(), "unable to establish send buffer's gpadl\n"))?;
+        .inspect_err(|_| netdev_err!(shared.dev, "unable to establish send buffer's gpadl\n"))?;
     let answer: nvsp::SendSendBufferComplete = call(
         shared,
         &nvsp::SendSendBuffer {
@@ -290,16 +306,16 @@ pub(crate) fn share_send_buffer(
         },
     )?;
     if answer.status.get() != nvsp::Status::SUCCESS.0 {
-        dev_err!(
-            hv.as_ref(),
+        netdev_err!(
+            shared.dev,
             "Unable to complete send buffer initialization with NetVsp - status {}\n",
             answer.status.get()
         );
         return Err(EINVAL);
     }
     SendBuffer::new(gpadl, &answer).inspect_err(|_| {
-        dev_err!(
-            hv.as_ref(),
+        netdev_err!(
+            shared.dev,
             "invalid send_section_size {}\n",
             answer.section_size.get()
         );
@@ -315,6 +331,15 @@ pub(crate) fn revoke_recv_buffer(shared: &Shared) -> Result {
             id: U16::new(nvsp::RECEIVE_BUFFER_ID),
         },
     )
+    .inspect_err(|e| {
+        // A device that was taken back needs none.
+        if *e != ENODEV {
+            netdev_err!(
+                shared.dev,
+                "unable to send revoke receive buffer to netvsp\n"
+            );
+        }
+    })
 }
 
 /// Takes the send buffer back, likewise.
@@ -325,6 +350,12 @@ pub(crate) fn revoke_send_buffer(shared: &Shared) -> Result {
             id: U16::new(nvsp::SEND_BUFFER_ID),
         },
     )
+    .inspect_err(|e| {
+        // A device that was taken back needs none.
+        if *e != ENODEV {
+            netdev_err!(shared.dev, "unable to send revoke send buffer to netvsp\n");
+        }
+    })
 }
 
 /// Asks for subchannels; returns how many the host will offer.
@@ -335,12 +366,18 @@ pub(crate) fn request_subchannels(shared: &Shared, count: u32) -> Result<u32> {
             operation: U32::new(SubchannelOperation::ALLOCATE.0),
             num_subchannels: U32::new(count),
         },
-    )?;
+    )
+    .inspect_err(|e| {
+        let error = e.to_errno();
+        netdev_err!(shared.dev, "sub channel allocate send failed: {}\n", error);
+    })?;
     if answer.status.get() != nvsp::Status::SUCCESS.0 {
+        netdev_err!(shared.dev, "sub channel request failed\n");
         return Err(EIO);
     }
     let granted = answer.num_subchannels.get();
     if granted > count {
+        netdev_err!(shared.dev, "invalid number of allocated sub channel\n");
         return Err(EINVAL);
     }
     Ok(granted)

@@ -372,9 +372,15 @@ impl RxPoll {
         offset: u32,
         last: bool,
     ) -> Result {
+        let dev = source.context.device();
         let mut head = [0; rndis::HEADER_SIZE];
-        part(bytes, 0, &mut head)?;
-        let (kind, len) = rndis::header(&head, bytes.len()).map_err(|_| EINVAL)?;
+        part(bytes, 0, &mut head).inspect_err(|_| {
+            if net_ratelimit() {
+                netdev_err!(dev, "Invalid rndis_msg (buflen: {})\n", bytes.len());
+            }
+        })?;
+        let (kind, len) = rndis::header(&head, bytes.len())
+            .map_err(|error| invalid_packet(dev, error, bytes.len()))?;
         if kind == MessageType::PACKET {
             return self.packet(source, bytes, offset, last);
         }
@@ -385,15 +391,34 @@ impl RxPoll {
         } else {
             len
         };
-        let message = self.message.get_mut(..copy).ok_or(EMSGSIZE)?;
+        let capacity = self.message.len();
+        let message = self
+            .message
+            .get_mut(..copy)
+            .ok_or(EMSGSIZE)
+            .inspect_err(|_| {
+                if net_ratelimit() {
+                    netdev_err!(
+                        dev,
+                        "rndis response buffer overflow detected (size {} max {})\n",
+                        copy,
+                        capacity
+                    );
+                }
+            })?;
         part(bytes, 0, message)?;
-        let dev = source.context.device();
         match kind {
             MessageType::INITIALIZE_COMPLETE
             | MessageType::QUERY_COMPLETE
             | MessageType::SET_COMPLETE => {
                 let answer = rndis::Message::parse(message).map_err(|_| EINVAL)?;
                 let bytes = message.get(..answer.len()).ok_or(EINVAL)?;
+                if answer.request_id().is_err() {
+                    if net_ratelimit() {
+                        netdev_err!(dev, "rndis msg_len too small: {}\n", len);
+                    }
+                    return Ok(());
+                }
                 let rndis = &source.shared.connection.rndis;
                 if rndis.answer(&answer, bytes).is_err() && net_ratelimit() {
                     netdev_err!(
@@ -406,8 +431,18 @@ impl RxPoll {
                 Ok(())
             }
             MessageType::INDICATE_STATUS => {
-                let indication = rndis::Message::indication(message).map_err(|_| EINVAL)?;
-                link::indicated(dev, &indication);
+                match rndis::Message::indication(message) {
+                    Ok(indication) => link::indicated(dev, &indication),
+                    Err(_) => {
+                        if net_ratelimit() {
+                            netdev_err!(
+                                dev,
+                                "invalid rndis_indicate_status packet, len: {}\n",
+                                len
+                            );
+                        }
+                    }
+                }
                 Ok(())
             }
             _ => {
@@ -432,12 +467,20 @@ impl RxPoll {
         offset: u32,
         last: bool,
     ) -> Result {
+        let dev = source.context.device();
+        let have = bytes.len();
         let mut head = [0; rndis::PACKET_HEADER_SIZE];
-        part(bytes, 0, &mut head)?;
-        let layout = rndis::packet_layout(&head, bytes.len()).map_err(|_| EINVAL)?;
+        part(bytes, 0, &mut head).inspect_err(|_| {
+            if net_ratelimit() {
+                netdev_err!(dev, "invalid rndis pkt, data_buflen too small: {}\n", have);
+            }
+        })?;
+        let layout =
+            rndis::packet_layout(&head, have).map_err(|error| invalid_packet(dev, error, have))?;
         let ppis = self.ppis.get_mut(..layout.ppis.len()).ok_or(EMSGSIZE)?;
         part(bytes, layout.ppis.start, ppis)?;
-        let info = PacketInfo::collect(Ppis::new(ppis)).map_err(|_| EINVAL)?;
+        let info = PacketInfo::collect(Ppis::new(ppis))
+            .map_err(|error| invalid_packet(dev, error, have))?;
 
         let flags = info.packet_id.map_or(0, |id| id.flags);
         let complete = if flags & PacketId::SUBALLOCATION != 0 {
@@ -553,6 +596,62 @@ impl RxPoll {
     }
 }
 
+/// Says what is wrong with a packet of `have` bytes.
+#[cold]
+fn invalid_packet(dev: &Device<Netvsc>, error: rndis::Error, have: usize) -> Error {
+    if !net_ratelimit() {
+        return EINVAL;
+    }
+    let body = have.saturating_sub(rndis::HEADER_SIZE);
+    match error {
+        rndis::Error::MessageLength { stated, .. } => netdev_err!(
+            dev,
+            "Invalid rndis_msg (buflen: {}, msg_len: {})\n",
+            have,
+            stated
+        ),
+        rndis::Error::OutOfBounds {
+            what: rndis::FRAME,
+            offset,
+            ..
+        } if offset as usize >= body => {
+            netdev_err!(dev, "invalid rndis packet offset: {}\n", offset);
+        }
+        rndis::Error::OutOfBounds {
+            what: rndis::FRAME,
+            offset,
+            length,
+        } => netdev_err!(
+            dev,
+            "rndis message buffer overflow detected (got {}, min {})...dropping this message!\n",
+            body - offset as usize,
+            length
+        ),
+        rndis::Error::OutOfBounds {
+            what: rndis::PPIS,
+            offset,
+            ..
+        } if (offset as usize) < rndis::PACKET_HEADER_SIZE - rndis::HEADER_SIZE
+            || offset as usize > body =>
+        {
+            netdev_err!(dev, "Invalid per_pkt_info_offset: {}\n", offset);
+        }
+        rndis::Error::OutOfBounds {
+            what: rndis::PPIS,
+            length,
+            ..
+        } => {
+            netdev_err!(dev, "Invalid per_pkt_info_len: {}\n", length);
+        }
+        rndis::Error::PpiSize(size) => netdev_err!(dev, "Invalid ppi size: {}\n", size),
+        rndis::Error::PpiOffset(offset) => {
+            netdev_err!(dev, "Invalid ppi_offset: {}\n", offset);
+        }
+        other => netdev_err!(dev, "{}\n", net::Shown(other)),
+    }
+    EINVAL
+}
+
 /// Copies a part of a message that may change at any time.
 fn part(bytes: &SharedBytes<'_>, start: usize, to: &mut [u8]) -> Result {
     bytes.part(start, to.len())?.copy_to(to)
@@ -581,9 +680,18 @@ fn completed(
                 );
             }
         }
-        Err(e) => {
+        Err(_) if payload.is_empty() => {
             if net_ratelimit() {
-                netdev_err!(dev, "{}\n", net::Shown(e));
+                netdev_err!(dev, "Unexpected VMBUS completion!!\n");
+            }
+        }
+        Err(_) => {
+            if net_ratelimit() {
+                netdev_err!(
+                    dev,
+                    "nvsp_rndis_pkt_complete length too small: {}\n",
+                    payload.len()
+                );
             }
         }
     };
@@ -627,10 +735,33 @@ fn told(shared: &RxShared, dev: &Device<Netvsc>, packet: &Packet<'_>) {
         }
         // Newer hosts may say more.
         Ok(_) => {}
-        Err(e) => {
+        Err(error) => {
             if net_ratelimit() {
-                netdev_err!(dev, "{}\n", net::Shown(e));
+                invalid_message(dev, packet.payload(), error);
             }
+        }
+    }
+}
+
+/// Says what is wrong with a message that the host has sent of its own accord.
+#[cold]
+fn invalid_message(dev: &Device<Netvsc>, message: &[u8], error: nvsp::Error) {
+    match error {
+        nvsp::Error::SendTableCount(count) => {
+            netdev_err!(dev, "Received wrong send-table size:{}\n", count);
+        }
+        nvsp::Error::SendTableOffset(offset) => {
+            netdev_err!(dev, "Received send-table offset too big:{}\n", offset);
+        }
+        _ => {
+            let what = match nvsp::message_type(message) {
+                Err(_) => "inband nvsp_message",
+                Ok(nvsp::MessageType::SEND_VF_ASSOCIATION) => "nvsp_v4_msg",
+                Ok(nvsp::MessageType::SEND_INDIRECTION_TABLE) => "nvsp_v5_msg",
+                // An answer that was not asked for: of no interest, whatever its length is.
+                Ok(_) => return,
+            };
+            netdev_err!(dev, "{} length too small: {}\n", what, message.len());
         }
     }
 }

@@ -114,9 +114,8 @@ pub(crate) fn set_up(dev: &Device<Netvsc>, shared: &Shared, rtnl: &Rtnl) -> Resu
         .min(shared.queues.len() as u32);
     if wanted > 1 {
         shared.wants_subchannels.store(true, Relaxed);
-        match nvsp::request_subchannels(shared, wanted - 1) {
-            Ok(granted) => wait_for_offers(dev, shared, granted),
-            Err(_) => netdev_err!(dev, "sub channel request failed\n"),
+        if let Ok(granted) = nvsp::request_subchannels(shared, wanted - 1) {
+            wait_for_offers(dev, shared, granted);
         }
         shared.wants_subchannels.store(false, Relaxed);
     }
