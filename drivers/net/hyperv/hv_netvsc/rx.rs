@@ -355,9 +355,17 @@ impl RxPoll {
             }
         }
         // The poll stops before there are too many.
-        let _ = self
+        let pushed = self
             .owed
             .push_within_capacity((packet.transaction_id(), status));
+        if pushed.is_err() && net_ratelimit() {
+            netdev_err!(
+                dev,
+                "Recv_comp full buf q:{}, tid:{:x}\n",
+                shared.index,
+                packet.transaction_id()
+            );
+        }
         if let Some(queue) = shared.queue() {
             queue.owed.store(self.owed.len() as u32, Relaxed);
         }
