@@ -595,19 +595,21 @@ bool hyperv_helper_schedule_delayed_work(struct delayed_work *work, unsigned lon
 	return schedule_delayed_work(work, delay);
 }
 
-u64 __percpu *hyperv_helper_alloc_percpu_u64(size_t count)
+/* Rust knows no address space of per-CPU pointers, so they pass as plain ones. */
+
+u64 *hyperv_helper_alloc_percpu_u64(size_t count)
 {
-	return __alloc_percpu(count * sizeof(u64), __alignof__(u64));
+	return (__force u64 *)(unsigned long)__alloc_percpu(count * sizeof(u64), __alignof__(u64));
 }
 
-void hyperv_helper_this_cpu_add_u64(u64 __percpu *counter, u64 value)
+void hyperv_helper_this_cpu_add_u64(u64 *counter, u64 value)
 {
-	this_cpu_add(*counter, value);
+	this_cpu_add(*(u64 __percpu *)(unsigned long)counter, value);
 }
 
-u64 hyperv_helper_per_cpu_read_u64(u64 __percpu *counter, unsigned int cpu)
+u64 hyperv_helper_per_cpu_read_u64(u64 *counter, unsigned int cpu)
 {
-	return READ_ONCE(*per_cpu_ptr(counter, cpu));
+	return READ_ONCE(*per_cpu_ptr((u64 __percpu *)(unsigned long)counter, cpu));
 }
 
 unsigned int hyperv_helper_num_online_cpus_now(void)
