@@ -144,6 +144,7 @@ impl NetDevice {
     }
 
     /// Active features.
+    #[inline]
     pub fn features(&self) -> Features {
         // SAFETY: The field is in this device.
         Features(unsafe { self.read(&raw const (*self.as_raw()).features) })
@@ -162,6 +163,7 @@ impl NetDevice {
     }
 
     /// Number of transmit queues in use.
+    #[inline]
     pub fn num_tx_queues(&self) -> u32 {
         // SAFETY: The field is in this device.
         unsafe { self.read(&raw const (*self.as_raw()).real_num_tx_queues) }
@@ -194,18 +196,21 @@ impl NetDevice {
     }
 
     /// Whether the device is up.
+    #[inline]
     pub fn is_running(&self) -> bool {
         // SAFETY: The device is valid.
         unsafe { bindings::netif_running(self.as_raw()) }
     }
 
     /// Whether the device has a carrier.
+    #[inline]
     pub fn has_carrier(&self) -> bool {
         // SAFETY: The device is valid.
         unsafe { bindings::netif_carrier_ok(self.as_raw()) }
     }
 
     /// Whether the device is registered, and not being unregistered.
+    #[inline]
     pub fn is_registered(&self) -> bool {
         // SAFETY: The device is valid.
         unsafe { bindings::netif_registered(self.as_raw()) }
@@ -224,6 +229,7 @@ impl NetDevice {
     }
 
     /// Whether netpoll is transmitting on the device.
+    #[inline]
     pub fn is_netpoll_transmitting(&self) -> bool {
         // SAFETY: The device is valid.
         unsafe { bindings::netpoll_tx_running(self.as_raw()) }

@@ -36,6 +36,7 @@ impl<const N: usize> PerCpuCounters<N> {
     }
 
     /// Adds to the counter `INDEX` of this CPU.
+    #[inline]
     pub fn add<const INDEX: usize>(&self, value: u64) {
         const { assert!(INDEX < N) };
         // SAFETY: By the type invariants the counter exists. The instruction cannot be torn apart

@@ -181,6 +181,7 @@ impl SkBuff {
     }
 
     /// The number of Hyper-V's pages that the data lies in.
+    #[inline]
     pub fn pages(&self) -> usize {
         let page = vmbus::HV_PAGE_SIZE as u32;
         let spanned = |offset: u32, len: u32| ((offset & (page - 1)) + len).div_ceil(page) as usize;
@@ -216,6 +217,7 @@ impl SkBuff {
     }
 
     /// Copies all data to the beginning of `to`.
+    #[inline]
     pub fn copy_to_shared(&self, to: &SharedBytes<'_>) -> Result {
         if to.len() < self.len() as usize {
             return Err(EMSGSIZE);
@@ -234,6 +236,7 @@ impl SkBuff {
     }
 
     /// Gets at least `len` bytes of private room before the data, and makes the headers writable.
+    #[inline]
     pub fn reserve_head(&mut self, len: u32) -> Result {
         // SAFETY: By the type invariants the packet is valid and ours.
         to_result(unsafe { bindings::skb_cow_head(self.as_raw(), len) })
@@ -243,6 +246,7 @@ impl SkBuff {
     ///
     /// Returns first page, offset in that page and length of what was written. It stays until the
     /// packet is freed or something else is put before the data.
+    #[inline]
     pub fn write_head(&mut self, bytes: &[u8]) -> Result<(u64, u32, u32)> {
         let len = u32::try_from(bytes.len())?;
         self.reserve_head(len)?;
@@ -281,6 +285,7 @@ impl SkBuff {
     }
 
     /// Offset of the transport header from the data.
+    #[inline]
     pub fn transport_offset(&self) -> u32 {
         // SAFETY: By the type invariants the packet is valid.
         u32::try_from(unsafe { bindings::skb_transport_offset(self.as_raw()) }).unwrap_or(u32::MAX)
@@ -295,6 +300,7 @@ impl SkBuff {
     }
 
     /// The transport protocol, as far as the first headers tell.
+    #[inline]
     fn l4(&self) -> Option<L4> {
         let ip = self.head().get(self.network_offset()?..)?;
         match self.protocol() {
@@ -305,6 +311,7 @@ impl SkBuff {
     }
 
     /// What is to be done about the packet's checksum.
+    #[inline]
     pub fn checksum(&self) -> Checksum {
         let size = self.shared_info().gso_size;
         if size != 0 {
@@ -364,6 +371,7 @@ impl SkBuff {
     }
 
     /// If the packet's data begins with a frame with an 802.1Q tag, takes the tag out.
+    #[inline]
     pub fn take_vlan_tag(&mut self) -> Result {
         if self.protocol() != ETH_P_8021Q {
             return Ok(());
@@ -373,6 +381,7 @@ impl SkBuff {
     }
 
     /// The 802.1Q tag to be inserted.
+    #[inline]
     pub fn vlan_tci(&self) -> Option<u16> {
         // SAFETY: By the type invariants the packet is valid.
         unsafe {
@@ -382,6 +391,7 @@ impl SkBuff {
     }
 
     /// The hash, if it was computed already; 0 otherwise.
+    #[inline]
     pub fn raw_hash(&self) -> u32 {
         // SAFETY: By the type invariants the packet is valid.
         unsafe { bindings::skb_get_hash_raw(self.as_raw()) }
@@ -394,6 +404,7 @@ impl SkBuff {
     }
 
     /// Frees the packet as one that was transmitted.
+    #[inline]
     pub fn consume(self) {
         // SAFETY: By the type invariants the packet is valid and ours.
         unsafe { bindings::dev_consume_skb_any(self.into_raw()) };
@@ -466,6 +477,7 @@ impl SkBuff {
     }
 
     /// Appends bytes of a buffer shared with the host.
+    #[inline]
     pub fn append(&mut self, bytes: &SharedBytes<'_>) -> Result {
         // SAFETY: By the type invariants the packet is valid.
         if (unsafe { bindings::skb_tailroom(self.as_raw()) } as usize) < bytes.len() {
@@ -486,6 +498,7 @@ impl SkBuff {
 
     /// Turns the data of a received frame into a packet for the stack: takes the Ethernet header
     /// off and notes what the hardware knows. Tells what kind of address it was sent to.
+    #[inline]
     pub fn received(&mut self, dev: &NetDevice, info: &RxInfo) -> Result<Destination> {
         if self.head_len() < bindings::ETH_HLEN {
             return Err(EMSGSIZE);
@@ -548,6 +561,7 @@ pub struct FlowKeys(bindings::flow_keys);
 
 impl FlowKeys {
     /// The transport protocol, if it is one of the four that have a name here.
+    #[inline]
     pub fn l4(&self) -> Option<L4> {
         L4::new(u16::from_be(self.0.basic.n_proto), self.0.basic.ip_proto)
     }

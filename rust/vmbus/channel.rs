@@ -477,12 +477,23 @@ impl ChannelHandle {
     /// Access to the rings, or `ENODEV` when the channel is not open.
     ///
     /// The caller must not sleep while it has the [`Ring`].
+    #[inline]
     pub fn ring(&self) -> Result<Ring<'_>> {
         let guard = rcu::read_lock();
         if !self.0.open.load(Relaxed) {
             return Err(ENODEV);
         }
         // The channel is open, and closing it waits for `guard`.
-        Ok(Ring::new(&self.0, guard))
+        Ok(Ring::new(&self.0, Some(guard)))
+    }
+
+    /// The same as [`Self::ring`] for a caller who has an RCU read lock anyway.
+    #[inline]
+    pub fn ring_under<'a>(&'a self, _guard: &'a rcu::Guard) -> Result<Ring<'a>> {
+        if !self.0.open.load(Relaxed) {
+            return Err(ENODEV);
+        }
+        // The channel is open, and closing it waits for `_guard`.
+        Ok(Ring::new(&self.0, None))
     }
 }

@@ -47,6 +47,7 @@ pub struct GpaRanges {
 
 impl GpaRanges {
     /// No range.
+    #[inline]
     pub fn new() -> Self {
         // INVARIANT: Nothing is used.
         Self {
@@ -61,11 +62,18 @@ impl GpaRanges {
         }
     }
 
+    /// Whether there is no range.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.used == 0
+    }
+
     /// Appends the range of `len` bytes that begins at `offset` in the page `pfn`. An empty one is
     /// left out.
     ///
     /// Fails with `E2BIG` if that would be too many pages, and with `EINVAL` if `offset` is not in
     /// the page.
+    #[inline]
     pub fn push(&mut self, pfn: u64, offset: u32, len: u32) -> Result {
         if len == 0 {
             return Ok(());
@@ -107,6 +115,7 @@ impl Ring<'_> {
     /// The host may use the memory until it completes the packet.
     ///
     /// Fails as [`Ring::send_inband`] does.
+    #[inline]
     pub fn send_ranges(&self, ranges: &mut GpaRanges, payload: &[u8], id: u64) -> Result {
         if ranges.used == 0 {
             return Err(EINVAL);
@@ -140,6 +149,7 @@ struct PageBytes([u8; HV_PAGE_SIZE]);
 
 impl RequestPage {
     /// Allocates a page of zeroes.
+    #[inline]
     pub fn new() -> Result<Self> {
         Ok(Self(KBox::init(
             pin_init::init_zeroed::<PageBytes>(),

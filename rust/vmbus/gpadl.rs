@@ -86,6 +86,7 @@ impl Gpadl {
     }
 
     /// A part of the buffer, or `ERANGE` if it is not inside.
+    #[inline]
     pub fn bytes(&self, offset: usize, len: usize) -> Result<SharedBytes<'_>> {
         let end = offset.checked_add(len).ok_or(ERANGE)?;
         if end > self.size() {
@@ -161,6 +162,7 @@ impl SharedBytes<'_> {
     }
 
     /// `len` of the bytes from `start` on, or `ERANGE` if there are not so many.
+    #[inline]
     pub fn part(&self, start: usize, len: usize) -> Result<Self> {
         if start.checked_add(len).is_none_or(|end| end > self.len) {
             return Err(ERANGE);
@@ -174,6 +176,7 @@ impl SharedBytes<'_> {
     }
 
     /// Copies all bytes to `to`, or `EINVAL` if that does not have the same length.
+    #[inline]
     pub fn copy_to(&self, to: &mut [u8]) -> Result {
         if to.len() != self.len {
             return Err(EINVAL);
@@ -188,6 +191,7 @@ impl SharedBytes<'_> {
     }
 
     /// Copies `from` to the first bytes, or `EINVAL` if there are not so many.
+    #[inline]
     pub fn copy_from(&self, from: &[u8]) -> Result {
         if from.len() > self.len {
             return Err(EINVAL);

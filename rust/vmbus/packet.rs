@@ -55,6 +55,7 @@ impl<'a> Packet<'a> {
     }
 
     /// What the packet is.
+    #[inline]
     pub fn kind(&self) -> PacketKind {
         let kind = self.descriptor().type_;
         match u32::from(kind) {
@@ -67,11 +68,13 @@ impl<'a> Packet<'a> {
     }
 
     /// The id by which the sender knows the transaction.
+    #[inline]
     pub fn transaction_id(&self) -> u64 {
         self.descriptor().trans_id
     }
 
     /// The whole packet, headers included.
+    #[inline]
     pub fn bytes(&self) -> &'a [u8] {
         let len = usize::from(self.descriptor().len8) * 8;
         // SAFETY: By the type invariants `len` bytes are valid for `'a` and do not change.
@@ -79,12 +82,14 @@ impl<'a> Packet<'a> {
     }
 
     /// The data behind the headers. Its length is a multiple of eight.
+    #[inline]
     pub fn payload(&self) -> &'a [u8] {
         let start = usize::from(self.descriptor().offset8) * 8;
         self.bytes().get(start..).unwrap_or(&[])
     }
 
     /// The description of the shared memory that a packet of [`PacketKind::TransferPages`] uses.
+    #[inline]
     pub fn transfer_pages(&self) -> Result<TransferPages<'a>> {
         const HEADER: usize = 24;
         if self.kind() != PacketKind::TransferPages {
@@ -118,6 +123,7 @@ pub struct TransferPages<'a> {
 
 impl TransferPages<'_> {
     /// Which buffer, by the number agreed on for it.
+    #[inline]
     pub fn pageset_id(&self) -> u16 {
         self.pageset_id
     }

@@ -37,20 +37,22 @@ pub enum Reply {
 
 /// The rings of a channel that is open, and stays so for the life of this object.
 ///
-/// It holds an RCU read lock: do not sleep while you have it.
+/// An RCU read lock is held: do not sleep while you have it.
 ///
 /// # Invariants
 ///
 /// The channel is valid and open.
 pub struct Ring<'a> {
     shared: &'a Shared,
-    _guard: rcu::Guard,
+    _guard: Option<rcu::Guard>,
 }
 
 impl<'a> Ring<'a> {
-    /// The channel must have been seen open under `guard`.
-    pub(crate) fn new(shared: &'a Shared, guard: rcu::Guard) -> Self {
-        // INVARIANT: Closing waits until `guard` is dropped.
+    /// The channel must have been seen open under `guard`, or for `None` under one that lives for
+    /// `'a`.
+    #[inline]
+    pub(crate) fn new(shared: &'a Shared, guard: Option<rcu::Guard>) -> Self {
+        // INVARIANT: Closing waits until the guard is dropped.
         Self {
             shared,
             _guard: guard,
@@ -62,6 +64,7 @@ impl<'a> Ring<'a> {
     }
 
     /// Whether the host took the channel back. Nothing can be sent then.
+    #[inline]
     pub fn is_rescinded(&self) -> bool {
         // SAFETY: By the type invariants the channel is valid.
         unsafe { (&raw const (*self.raw()).rescind).read_volatile() }
@@ -76,6 +79,7 @@ impl<'a> Ring<'a> {
     /// Sends an in-band packet. If a reply is wanted, the host will complete it with the same `id`.
     ///
     /// Fails with `EAGAIN` if the ring is full and with `ENODEV` if the channel is rescinded.
+    #[inline]
     pub fn send_inband(&self, payload: &[u8], id: u64, reply: Reply) -> Result {
         self.send(
             payload,
@@ -91,6 +95,7 @@ impl<'a> Ring<'a> {
     /// Completes the host's packet with the given transaction id.
     ///
     /// Fails as [`Self::send_inband`] does.
+    #[inline]
     pub fn send_completion(&self, transaction_id: u64, payload: &[u8]) -> Result {
         let kind = bindings::vmbus_packet_type_VM_PKT_COMP;
         self.send(payload, transaction_id, kind, 0)
@@ -119,18 +124,21 @@ impl<'a> Ring<'a> {
     }
 
     /// Free part of the ring to the host, in percent.
+    #[inline]
     pub fn write_space_percent(&self) -> u32 {
         // SAFETY: By the type invariants the channel is open, so it has rings.
         unsafe { bindings::hv_get_avail_to_write_percent(&raw const (*self.raw()).outbound) }
     }
 
     /// Bytes in the ring from the host that are not read yet.
+    #[inline]
     pub fn bytes_to_read(&self) -> u32 {
         // SAFETY: By the type invariants the channel is open, so it has rings.
         unsafe { bindings::hv_get_bytes_to_read(&raw const (*self.raw()).inbound) }
     }
 
     /// Masks the host's interrupts.
+    #[inline]
     pub fn begin_read(&self) {
         // SAFETY: By the type invariants the channel is open, so it has rings.
         unsafe { bindings::hv_begin_read(&raw mut (*self.raw()).inbound) };
@@ -138,12 +146,14 @@ impl<'a> Ring<'a> {
 
     /// Unmasks the host's interrupts. If the result is not 0, there is something to read about
     /// which there will be no interrupt.
+    #[inline]
     pub fn end_read(&self) -> u32 {
         // SAFETY: By the type invariants the channel is open, so it has rings.
         unsafe { bindings::hv_end_read(&raw mut (*self.raw()).inbound) }
     }
 
     /// The right to read the ring from the host, or `None` if somebody else has it.
+    #[inline]
     pub fn reader(&self) -> Option<Reader<'_>> {
         if self.shared.reading.xchg(true, Acquire) {
             return None;
@@ -158,6 +168,7 @@ impl<'a> Ring<'a> {
 }
 
 /// Length of a payload, with everything around it small enough for the length field of a packet.
+#[inline]
 pub(crate) fn packet_len(payload: &[u8]) -> Result<u32> {
     const MAX: usize = u16::MAX as usize * 8 - 1024;
     if payload.len() > MAX {
@@ -185,6 +196,7 @@ impl Reader<'_> {
     ///
     /// It is a private copy, made once: the host cannot change it any more.
     #[allow(clippy::should_implement_trait)]
+    #[inline]
     pub fn next(&mut self) -> Option<Packet<'_>> {
         self.advance();
         // SAFETY: The channel is open, and by the type invariants we are the only reader.

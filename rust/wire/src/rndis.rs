@@ -688,6 +688,7 @@ pub struct PacketLayout {
 /// Checks the fixed part of a packet message, of which `message` holds at least the first
 /// [`PACKET_HEADER_SIZE`] bytes. `available` is how many bytes of the message were received;
 /// both ranges of the result lie within them.
+#[inline]
 pub fn packet_layout(message: &[u8], available: usize) -> Result<PacketLayout, Error> {
     let (message_type, _) = header(message, available)?;
     if message_type != MessageType::PACKET {
@@ -852,6 +853,7 @@ pub struct PacketInfo {
 
 impl PacketInfo {
     /// Collects the elements, skipping unknown ones.
+    #[inline]
     pub fn collect(ppis: Ppis<'_>) -> Result<Self, Error> {
         let mut info = Self::default();
         for ppi in ppis {
@@ -1015,6 +1017,7 @@ impl<'a> PacketBuilder<'a> {
     }
 
     /// Appends an element with a 32-bit value.
+    #[inline]
     pub fn ppi(&mut self, ppi_type: PpiType, value: u32) -> Result<&mut Self, Error> {
         let end = self.length + PPI_SIZE;
         let element = self
@@ -1043,12 +1046,14 @@ impl<'a> PacketBuilder<'a> {
     }
 
     /// Length of what was built so far: the place of the frame.
+    #[inline]
     pub fn header_length(&self) -> usize {
         self.length
     }
 
     /// Completes the headers for a frame of `frame_length` bytes that follows at once, and
     /// `padding` bytes behind it. Returns the length of what precedes the frame.
+    #[inline]
     pub fn finish(self, frame_length: u32, padding: u32) -> Result<usize, Error> {
         let message_length = u32::try_from(self.length)
             .ok()

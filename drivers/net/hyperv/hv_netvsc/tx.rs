@@ -70,7 +70,7 @@ use crate::{
 const HEADERS_MAX: usize = rndis::PACKET_HEADER_SIZE + rndis::MAX_PPI_SIZE;
 
 /// Headroom that the stack shall leave, so that the headers can be put before the frame.
-pub(crate) const HEADROOM: u16 = HEADERS_MAX as u16;
+pub(crate) const HEADROOM: u16 = 116;
 
 /// Pages that the headers may lie in.
 const HEADER_PAGES: usize = 2;
@@ -194,6 +194,7 @@ struct Sender<'a> {
     shared: &'a Shared,
     state: &'a TxState,
     index: u16,
+    guard: &'a rcu::Guard,
 }
 
 impl Sender<'_> {
@@ -208,7 +209,8 @@ impl Sender<'_> {
         ranges: Option<&mut GpaRanges>,
     ) -> Result<(), (Failure, InFlight)> {
         let events = &self.dev.data().statistics.events;
-        let ring = match self.shared.channel(self.index).and_then(|c| c.ring()) {
+        let channel = self.shared.channel(self.index);
+        let ring = match channel.and_then(|channel| channel.ring_under(self.guard)) {
             Ok(ring) => ring,
             Err(e) => return Err((Failure::Other(e), message)),
         };
@@ -417,13 +419,14 @@ pub(crate) fn transmit(
         shared,
         state: &own.tx,
         index,
+        guard,
     };
 
     // The batch is taken out, and what is left of it is put back.
     let mut batch = own.tx.batch.get(queue).and_then(|batch| batch.take());
-    let result = prepare(dev, &mut skb, events).and_then(|mut headers| {
-        transmit_prepared(&sender, queue, buffer, &mut batch, skb, &mut headers)
-    });
+    let mut headers = Headers::new();
+    let result = prepare(dev, &mut skb, events, &mut headers)
+        .and_then(|()| transmit_prepared(&sender, queue, buffer, &mut batch, skb, &mut headers));
     // A batch that nothing was added to would wait for a packet that may never come. One that has
     // to wait for room in the ring is sent with the packet that the stack will give us again.
     if !matches!(result, Ok(Xmit::Busy(_))) && (!queue.more() || result.is_err()) {
@@ -456,6 +459,7 @@ pub(crate) fn flush(
             shared,
             state: &own.tx,
             index,
+            guard,
         };
         sender.flush(queue, buffer, batch);
     }
@@ -473,7 +477,8 @@ fn prepare(
     dev: &Device<Netvsc>,
     skb: &mut SkBuff,
     events: &crate::stats::Events,
-) -> Result<Headers> {
+    headers: &mut Headers,
+) -> Result {
     if skb.pages() + HEADER_PAGES > PAGE_BUFFERS_MAX {
         events.tx_scattered.add(1);
         skb.linearize()
@@ -483,19 +488,22 @@ fn prepare(
             return Err(E2BIG);
         }
     }
-    let mut bytes = [0; HEADERS_MAX];
-    let builder = build_headers(dev, skb, &mut bytes)?;
-    let frame_len = skb.len();
-    let len = builder.finish(frame_len, 0).map_err(|_| EINVAL)? as u32;
+    let builder = build_headers(dev, skb, &mut headers.bytes)?;
+    headers.frame_len = skb.len();
+    headers.len = builder.finish(headers.frame_len, 0).map_err(|_| EINVAL)? as u32;
     skb.tx_timestamp();
-    Ok(Headers {
-        bytes,
-        len,
-        frame_len,
-    })
+    Ok(())
 }
 
 impl Headers {
+    fn new() -> Self {
+        Self {
+            bytes: [0; HEADERS_MAX],
+            len: 0,
+            frame_len: 0,
+        }
+    }
+
     /// Counts padding behind the frame into the message.
     fn add_padding(&mut self, padding: u32) {
         // The length follows the 32-bit type.
@@ -575,25 +583,24 @@ fn transmit_prepared(
     } else {
         0
     };
-    let mut ranges = None;
+    // Where it is: it is large to move.
+    let mut ranges = GpaRanges::new();
     let copied = match place {
         Place::Append | Place::Section(_) => {
             headers.add_padding(padding);
             copy(buffer, section, offset, headers, Some(&skb), padding)
         }
         Place::AppendHeaders => copy(buffer, section, offset, headers, None, 0).and_then(|_| {
-            let mut frame = GpaRanges::new();
-            skb.for_each_piece(|pfn, offset, len| frame.push(pfn, offset, len))?;
-            ranges = Some(frame);
+            skb.for_each_piece(|pfn, offset, len| ranges.push(pfn, offset, len))?;
             Ok(offset + headers.len)
         }),
         Place::Ranges => {
-            let mut all = GpaRanges::new();
             skb.write_head(headers.bytes())
                 .inspect_err(|_| events.tx_no_memory.add(1))
-                .and_then(|(pfn, offset, len)| all.push(pfn, offset, len))
-                .and_then(|()| skb.for_each_piece(|pfn, offset, len| all.push(pfn, offset, len)))?;
-            ranges = Some(all);
+                .and_then(|(pfn, offset, len)| ranges.push(pfn, offset, len))
+                .and_then(|()| {
+                    skb.for_each_piece(|pfn, offset, len| ranges.push(pfn, offset, len))
+                })?;
             Ok(0)
         }
     };
@@ -628,7 +635,8 @@ fn transmit_prepared(
         });
         return Ok(Xmit::Done);
     }
-    match sender.send(queue, message, filled, ranges.as_mut()) {
+    let ranges = (!ranges.is_empty()).then_some(&mut ranges);
+    match sender.send(queue, message, filled, ranges) {
         Ok(()) => {
             if let Some(old) = old {
                 old.message.skb.consume();
