@@ -12,7 +12,7 @@
 #include "bindings_helper.h"
 
 /* Rust functions and these have other target attributes, which LLVM minds otherwise. */
-#pragma clang attribute push(__attribute__((always_inline)), apply_to = function)
+#pragma clang attribute push([[clang::always_inline]], apply_to = function)
 
 #include "helpers.c"
 
@@ -60,6 +60,7 @@ s8 rust_helper_atomic_i8_read(s8 *ptr)
 
 s8 rust_helper_atomic_i8_read_acquire(s8 *ptr)
 {
+	/* As the caller has it. */
 	return smp_load_acquire(ptr);
 }
 
@@ -70,6 +71,7 @@ void rust_helper_atomic_i8_set(s8 *ptr, s8 val)
 
 void rust_helper_atomic_i8_set_release(s8 *ptr, s8 val)
 {
+	/* As the caller has it. */
 	smp_store_release(ptr, val);
 }
 
@@ -85,11 +87,13 @@ s8 rust_helper_atomic_i8_xchg_acquire(s8 *ptr, s8 val)
 
 const void *rust_helper_atomic_ptr_read_acquire(const void **ptr)
 {
+	/* As the caller has it. */
 	return smp_load_acquire(ptr);
 }
 
 void rust_helper_smp_mb(void)
 {
+	/* As the caller has it. */
 	smp_mb();
 }
 

@@ -197,7 +197,7 @@ pub fn parse_frame(text: &str) -> io::Result<Vec<u8>> {
     match digits {
         Some(digits) if digits.len() % 2 == 0 => Ok(digits
             .chunks_exact(2)
-            .map(|pair| (pair[0] << 4 | pair[1]) as u8)
+            .map(|pair| ((pair[0] << 4) | pair[1]) as u8)
             .collect()),
         _ => Err(io::Error::new(
             io::ErrorKind::InvalidInput,

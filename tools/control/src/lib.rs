@@ -516,7 +516,7 @@ fn send(
 fn unhex(text: &str) -> Result<Vec<u8>, String> {
     let digit = |byte: u8| char::from(byte).to_digit(16);
     let bytes = text.as_bytes().chunks(2).map(|pair| match *pair {
-        [high, low] => Some((digit(high)? << 4 | digit(low)?) as u8),
+        [high, low] => Some(((digit(high)? << 4) | digit(low)?) as u8),
         _ => None,
     });
     bytes

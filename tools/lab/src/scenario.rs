@@ -2,7 +2,7 @@
 //! The scenarios: what a guest must do in the lab, whichever drivers it runs.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -134,6 +134,15 @@ impl TestOptions {
         let own_drivers = self.drivers.sets().contains(&Drivers::Rust);
         Ok(self.files.check(own_drivers)?)
     }
+}
+
+/// Bytes in hexadecimal digits.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string does not fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// A scenario.

@@ -306,7 +306,7 @@ impl Worker {
         if self.offers_rsc(version, capabilities) {
             let families = settings.rsc.unwrap_or(3);
             offload.rsc.ipv4 = (families & 1) as u8;
-            offload.rsc.ipv6 = (families >> 1 & 1) as u8;
+            offload.rsc.ipv6 = ((families >> 1) & 1) as u8;
         }
         offload.as_bytes()[..size].to_vec()
     }

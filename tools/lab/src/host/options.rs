@@ -117,7 +117,10 @@ impl FromStr for NicOption {
                 "index" => number(value, 0..=255).map(|index| spec.index = Some(index)),
                 "lan" => number(value, 0..=255).map(|lan| spec.lan = Some(lan)),
                 "channels" => number(value, 1..=64).map(|channels| spec.channels = Some(channels)),
-                "alias" => Some(spec.alias = Some(value.to_owned())),
+                "alias" => {
+                    spec.alias = Some(value.to_owned());
+                    Some(())
+                }
                 "slot" => number(value, 0..=u32::MAX).map(|slot| spec.slot = Some(slot)),
                 "vf-mac" => parse_mac(value).map(|mac| spec.vf_mac = Some(mac)),
                 "bus" => Guid::parse(value).ok().map(|guid| spec.bus = Some(guid)),

@@ -17,7 +17,7 @@ use super::ending::account_for;
 use super::guest::{report, Boot, Guest, Nic};
 use super::traffic::Link;
 use super::vf::bonded;
-use super::{ensure, eventually, Context, Drivers, Result};
+use super::{ensure, eventually, hex, Context, Drivers, Result};
 
 /// A hash that nothing computes by chance.
 const HASH: u32 = 0x9abc_def1;
@@ -216,10 +216,6 @@ fn told(link: &Link<'_>) -> Result<()> {
         .iter()
         .any(|line| line.contains("length=98 ") && !line.contains("checksum="));
     ensure(icmp, || "no plain frame of 98 bytes".into())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn inline_tag(link: &Link<'_>) -> Result<()> {

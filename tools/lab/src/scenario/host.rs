@@ -12,7 +12,7 @@ use lab_control::{
 };
 
 use super::guest::Nic;
-use super::Result;
+use super::{hex, Result};
 
 /// A host opens its socket before the guest runs.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -118,12 +118,11 @@ impl Host {
 
     /// Sends messages to the driver of the synthetic NIC as they are.
     pub fn send(&self, nic: &Nic, kind: Kind, messages: &[Vec<u8>], times: u32) -> Result<()> {
-        let hex = |bytes: &Vec<u8>| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         self.request(&Request::Send {
             nic: self.number(nic)?,
             kind,
             transaction: u64::MAX,
-            messages: messages.iter().map(hex).collect(),
+            messages: messages.iter().map(|bytes| hex(bytes)).collect(),
             times,
         })
         .map(drop)

@@ -21,7 +21,7 @@ fn titles(scenario: &str) -> Vec<Regex> {
     let file = format!("tools/lab/src/scenario/{}.rs", scenario.replace('-', "_"));
     let source = fs::read_to_string(top().join(&file)).expect(&file);
     let literal = Regex::new(r#""((?:[^"\\]|\\.|\\\n)*)""#).unwrap();
-    let continued = Regex::new(r"\\\n\s*").unwrap();
+    let continued = Regex::new(r"\\\n[ \t]*").unwrap();
     let placeholder = Regex::new(r"\\\{[^{}]*\\\}").unwrap();
     literal
         .captures_iter(&source)
