@@ -69,10 +69,12 @@ impl Hypercalls for Router {
 }
 
 impl Host {
-    /// A host as the command line describes it. The message log goes to a file as well, if one is given.
+    /// A host as the command line describes it. The message log goes to a file as well, if one is given,
+    /// and may have all bytes of the messages.
     pub fn new(
         args: &HostArgs,
         log_file: Option<&Path>,
+        log_bytes: bool,
         machine: &Arc<Machine>,
     ) -> Result<Self, String> {
         let log = MessageLog::new(LOG_LINES);
@@ -80,6 +82,9 @@ impl Host {
             let file =
                 File::create(path).map_err(|error| format!("{}: {error}", path.display()))?;
             log.tee(Box::new(file));
+        }
+        if log_bytes {
+            log.keep_bytes();
         }
         let counters = Counters::new();
         let platform: Arc<dyn Platform> = machine.clone();

@@ -113,6 +113,9 @@ pub struct Args {
     /// Write the message log to a file
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
+    /// Have all bytes of each message in the message log, and lines for data packets
+    #[arg(long)]
+    pub log_bytes: bool,
     /// Processors of level 1, if that is needed
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub level1_cpus: u32,
@@ -179,6 +182,9 @@ impl Args {
         ];
         if self.builtin_pci {
             args.push("--builtin-pci".to_owned());
+        }
+        if self.log_bytes {
+            args.push("--log-bytes".to_owned());
         }
         args.extend(self.host.to_args());
         let mut env = Vec::new();
@@ -343,7 +349,12 @@ pub fn run(args: &Args) -> Result<i32> {
     // It is in the guest's memory now.
     let _ = fs::remove_file(&overlay_file);
     let vm = vm.map_err(|error| error.to_string())?;
-    let mut host = Host::new(&args.host, args.log.as_deref(), &vm.machine())?;
+    let mut host = Host::new(
+        &args.host,
+        args.log.as_deref(),
+        args.log_bytes,
+        &vm.machine(),
+    )?;
     let handle = vm
         .start(host.hypercalls())
         .map_err(|error| error.to_string())?;

@@ -48,7 +48,7 @@ impl Worker {
         match message.message_type {
             MessageType::INITIALIZE => {
                 let request: rndis::Initialize = message.body_as("initialize request")?;
-                self.record(
+                self.record_message(
                     Direction::GuestToHost,
                     &name,
                     format_args!(
@@ -57,20 +57,22 @@ impl Worker {
                         request.minor_version.get(),
                         request.max_transfer_size.get()
                     ),
+                    bytes,
                 );
                 self.initialize(&request);
             }
             MessageType::HALT => {
-                self.record(Direction::GuestToHost, &name, "");
+                self.record_message(Direction::GuestToHost, &name, "", bytes);
                 self.shared.stop();
             }
             MessageType::QUERY | MessageType::SET => {
                 let request = message.object_request()?;
                 let (set, oid) = (message.message_type == MessageType::SET, request.oid);
-                self.record(
+                self.record_message(
                     Direction::GuestToHost,
                     &name,
                     format_args!("oid={oid} length={}", request.info.len()),
+                    bytes,
                 );
                 let outcome = if set && self.refuses(FaultPoint::Rndis(MessageType::SET)) {
                     Err(Status::FAILURE)
@@ -117,7 +119,7 @@ impl Worker {
                 self.answer(&points, Answer::Control(buffer));
             }
             MessageType::RESET => {
-                self.record(Direction::GuestToHost, &name, "");
+                self.record_message(Direction::GuestToHost, &name, "", bytes);
                 let body = rndis::ResetComplete {
                     status: U32::new(Status::SUCCESS.0),
                     addressing_reset: U32::ZERO,
@@ -125,7 +127,7 @@ impl Worker {
                 self.answer_with(MessageType::RESET, MessageType::RESET_COMPLETE, &body)?;
             }
             MessageType::KEEPALIVE => {
-                self.record(Direction::GuestToHost, &name, "");
+                self.record_message(Direction::GuestToHost, &name, "", bytes);
                 let body = rndis::KeepaliveComplete {
                     request_id: U32::new(message.request_id()?),
                     status: U32::new(Status::SUCCESS.0),

@@ -229,6 +229,7 @@ impl Worker {
             PacketKind::Completion => {
                 let status = nvsp::decode::<nvsp::SendRndisPacketComplete>(&packet.payload)
                     .map_or(0, |complete| complete.status.get());
+                self.record_data("NVSP_COMPLETION", "", &packet.payload);
                 let index = usize::from(self.transport.subchannel_index());
                 let known = self
                     .shared
@@ -265,6 +266,25 @@ impl Worker {
     pub(crate) fn record(&self, direction: Direction, name: &str, fields: impl std::fmt::Display) {
         self.shared
             .record(direction, self.transport.name(), name, fields);
+    }
+
+    /// The same for a message whose bytes are at hand.
+    pub(crate) fn record_message(
+        &self,
+        direction: Direction,
+        name: &str,
+        fields: impl std::fmt::Display,
+        bytes: &[u8],
+    ) {
+        let log = &self.shared.log;
+        log.record_message(direction, self.transport.name(), name, fields, bytes);
+    }
+
+    /// The same for what is logged only when all bytes are.
+    fn record_data(&self, name: &str, fields: impl std::fmt::Display, bytes: &[u8]) {
+        if self.shared.log.keeps_bytes() {
+            self.record_message(Direction::GuestToHost, name, fields, bytes);
+        }
     }
 
     /// Completes a packet that there is no answer for, if the guest waits for it.
@@ -359,7 +379,10 @@ impl Worker {
         let mut fields = String::new();
         // Writing to a string does not fail.
         let _ = describe(&mut fields, &message);
-        self.record(Direction::GuestToHost, &name, &fields);
+        if self.shared.log.keeps_bytes() {
+            let _ = write!(fields, " completion={}", packet.completion_requested);
+        }
+        self.record_message(Direction::GuestToHost, &name, &fields, &packet.payload);
 
         if !self.is_primary() {
             self.error(format_args!("{name} on a subchannel"));
@@ -587,6 +610,11 @@ impl Worker {
 
     /// RNDIS messages: gathers them from send section and pages, and handles them.
     fn rndis_packet(&mut self, packet: &Packet, message: &nvsp::SendRndisPacket) {
+        self.record_data(
+            "NVSP_SEND_RNDIS_PACKET",
+            format_args!("completion={}", packet.completion_requested),
+            &packet.payload,
+        );
         let mut data = std::mem::take(&mut self.data);
         let settings = self.shared.settings();
         let is_data = message.channel_type.get() == nvsp::ChannelType::DATA.0;
@@ -721,6 +749,9 @@ impl Worker {
     /// A frame from the guest.
     fn transmit(&self, message: &mut [u8], log: Option<&str>) -> Result<(), rndis::Error> {
         let layout = rndis::packet_layout(message, message.len())?;
+        if self.shared.log.keeps_bytes() {
+            self.record_packet(message, &layout);
+        }
         let ppis = message.get(layout.ppis).unwrap_or_default();
         let info = rndis::PacketInfo::collect(rndis::Ppis::new(ppis))?;
         let mut offload = TxOffload {
@@ -744,6 +775,21 @@ impl Worker {
         }
         self.shared.port.deliver_from_synthetic(frame, &offload);
         Ok(())
+    }
+
+    /// Logs a packet: all that is in front of its frame, and which frame it is.
+    fn record_packet(&self, message: &[u8], layout: &rndis::PacketLayout) {
+        let frame = message.get(layout.frame.clone()).unwrap_or_default();
+        let mut start = String::new();
+        for byte in frame.iter().take(64) {
+            // Writing to a string does not fail.
+            let _ = write!(start, "{byte:02x}");
+        }
+        self.record_data(
+            "RNDIS_PACKET",
+            format_args!("length={} frame={start}", frame.len()),
+            message.get(..layout.frame.start).unwrap_or_default(),
+        );
     }
 
     /// The driver has shown a sign of life: it is not told of the VF before it is silent.

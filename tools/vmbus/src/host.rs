@@ -537,9 +537,10 @@ impl Control {
     fn send_to(&self, vp: u32, sint: u8, message: &MessageBuffer) {
         let shared = &self.0;
         let (name, fields) = describe(message.as_bytes());
+        let bytes = message.as_bytes();
         shared
             .log
-            .record(Direction::HostToGuest, "vmbus", name, fields);
+            .record_message(Direction::HostToGuest, "vmbus", name, fields, bytes);
         shared.counters.messages_out.inc();
         shared
             .platform
@@ -569,7 +570,7 @@ impl Control {
         let (name, fields) = describe(message);
         shared
             .log
-            .record(Direction::GuestToHost, "vmbus", name, fields);
+            .record_message(Direction::GuestToHost, "vmbus", name, fields, message);
         let Ok((header, body)) = vmbus::parse::<MessageHeader>(message) else {
             return self.protocol_error("message without header");
         };

@@ -6,7 +6,10 @@ use std::{
     collections::VecDeque,
     fmt::{Display, Write as _},
     io::Write,
-    sync::{Arc, Mutex},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        Arc, Mutex,
+    },
     time::Instant,
 };
 
@@ -48,6 +51,8 @@ struct Lines {
 pub struct MessageLog {
     start: Instant,
     max_lines: usize,
+    /// Lines end with the bytes of their message.
+    with_bytes: AtomicBool,
     lines: Mutex<Lines>,
 }
 
@@ -68,6 +73,7 @@ impl MessageLog {
         Arc::new(Self {
             start: Instant::now(),
             max_lines: max_lines.max(1),
+            with_bytes: AtomicBool::new(false),
             lines: Mutex::new(Lines {
                 lines: VecDeque::new(),
                 first: 0,
@@ -81,8 +87,42 @@ impl MessageLog {
         lock(&self.lines).tee = Some(to);
     }
 
+    /// From now on lines end with the bytes of their message, and data packets have lines, too.
+    pub fn keep_bytes(&self) {
+        self.with_bytes.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether messages are logged with all their bytes.
+    pub fn keeps_bytes(&self) -> bool {
+        self.with_bytes.load(Ordering::Relaxed)
+    }
+
     /// Adds a line: time since the log began, direction, channel, name of the message, fields.
     pub fn record(&self, direction: Direction, channel: &str, name: &str, fields: impl Display) {
+        self.add(direction, channel, name, fields, &[]);
+    }
+
+    /// The same for a message whose bytes are at hand.
+    pub fn record_message(
+        &self,
+        direction: Direction,
+        channel: &str,
+        name: &str,
+        fields: impl Display,
+        bytes: &[u8],
+    ) {
+        let bytes = if self.keeps_bytes() { bytes } else { &[] };
+        self.add(direction, channel, name, fields, bytes);
+    }
+
+    fn add(
+        &self,
+        direction: Direction,
+        channel: &str,
+        name: &str,
+        fields: impl Display,
+        bytes: &[u8],
+    ) {
         let mut line = String::new();
         // The lock is taken first, so that times never go backwards in the log.
         let mut log = lock(&self.lines);
@@ -100,6 +140,12 @@ impl MessageLog {
             let end = (0..=MAX_LINE).rev().find(|&n| line.is_char_boundary(n));
             line.truncate(end.unwrap_or(0));
             line.push('…');
+        }
+        if !bytes.is_empty() {
+            line.push_str(" bytes=");
+            for byte in bytes {
+                let _ = write!(line, "{byte:02x}");
+            }
         }
 
         if let Some(tee) = &mut log.tee {
@@ -153,6 +199,18 @@ mod tests {
         assert!(log.since(3).lines.is_empty());
         // A number from another run is not an error.
         assert_eq!(log.since(99).next, 3);
+    }
+
+    #[test]
+    fn bytes_are_kept_when_asked_for() {
+        let log = MessageLog::new(2);
+        let record = || log.record_message(Direction::Host, "x", "y", "z=1", &[0x0a, 0xff]);
+        record();
+        log.keep_bytes();
+        record();
+        let lines = log.since(0).lines;
+        assert!(lines[0].ends_with("y z=1"));
+        assert!(lines[1].ends_with("y z=1 bytes=0aff"));
     }
 
     #[test]

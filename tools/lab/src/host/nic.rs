@@ -134,7 +134,7 @@ impl LabNic {
             mac
         });
         let mut config = netvsp::Config::new(&name, mac);
-        config.max_version = args.nvsp_version();
+        config.max_version = spec.nvsp.unwrap_or(args.nvsp_version());
         if let Some(instance) = spec.instance {
             config.instance = instance;
         }

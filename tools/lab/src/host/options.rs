@@ -10,13 +10,14 @@ use vmbus_host::{Config, Guid, Version};
 /// The host's part of the command line.
 #[derive(Debug, Clone, Args)]
 pub struct HostArgs {
-    /// A NIC: KEY=VALUE,… of mac, instance, serial, index, lan, channels, alias, vf=mana|later|none, bus, queues, slot, vf-mac; or `none`
+    /// A NIC: KEY=VALUE,… of mac, instance, serial, index, lan, channels, nvsp, alias, vf=mana|later|none, bus, queues, slot, vf-mac; or `none`
     ///
     /// `mac`: address; `instance`: GUID, made of the address if not given; `serial`: pairs the NIC with its VF; `index`:
-    /// its peer is in the network namespace hvlab<PID>-<index>; `lan`:
-    /// it has no peer, but is on one network with the earlier NIC of that index and its peer; `channels`: most channels; `alias`: what the host calls it; `vf`: whether it has a VF
-    /// at boot; `bus`: instance GUID of the VF's bus, whose third word becomes the PCI domain; `queues`: of the VF; `slot`: another
-    /// serial number than the NIC's for the VF; `vf-mac`: another address than the NIC's for the VF.
+    /// its peer is in the network namespace hvlab<PID>-<index>; `lan`: it has no peer, but is on one
+    /// network with the earlier NIC of that index and its peer; `channels`: most channels; `nvsp`: newest version,
+    /// instead of `--nvsp-version`; `alias`: what the host calls it; `vf`: whether it has a VF at boot; `bus`: instance GUID of
+    /// the VF's bus, whose third word becomes the PCI domain; `queues`: of the VF; `slot`: another serial number than
+    /// the NIC's for the VF; `vf-mac`: another address than the NIC's for the VF.
     /// Repeat the option for more NICs. Without it there is one NIC with a VF.
     #[arg(long = "nic", value_name = "SPEC")]
     nics: Vec<NicOption>,
@@ -59,6 +60,8 @@ pub struct Spec {
     pub slot: Option<u32>,
     /// Another address for the VF itself.
     pub vf_mac: Option<[u8; 6]>,
+    /// Newest version of NVSP that is taken.
+    pub nvsp: Option<nvsp::Version>,
     /// Instance GUID of the VF's bus.
     pub bus: Option<Guid>,
     /// Queues of the VF.
@@ -123,6 +126,9 @@ impl FromStr for NicOption {
                 }
                 "slot" => number(value, 0..=u32::MAX).map(|slot| spec.slot = Some(slot)),
                 "vf-mac" => parse_mac(value).map(|mac| spec.vf_mac = Some(mac)),
+                "nvsp" => nvsp_version(value)
+                    .ok()
+                    .map(|version| spec.nvsp = Some(version)),
                 "bus" => Guid::parse(value).ok().map(|guid| spec.bus = Some(guid)),
                 "queues" => number(value, 1..=64).map(|queues| spec.queues = Some(queues)),
                 "vf" => match value {
@@ -270,7 +276,7 @@ mod tests {
         let args = parse(&[
             "--nic=mac=60:45:bd:e9:60:a3,serial=7,vf=mana,bus=e9ac9b28-cf63-4466-9ae3-4b849c3ee03b",
             "--nic=",
-            "--nic=index=3,lan=0,channels=4,queues=2,vf=later",
+            "--nic=index=3,lan=0,channels=4,nvsp=5,queues=2,vf=later",
             "--nic=none",
         ])
         .unwrap();
@@ -285,6 +291,7 @@ mod tests {
             (Some(3), Some(4), Some(2))
         );
         assert_eq!((nics[1].lan, nics[2].lan), (None, Some(0)));
+        assert_eq!(nics[2].nvsp, Some(nvsp::Version::V5));
 
         let again = args.to_args();
         let again: Vec<&str> = again.iter().map(String::as_str).collect();
@@ -307,6 +314,7 @@ mod tests {
             "index=256",
             "channels=0",
             "queues=65",
+            "nvsp=3",
             "vf=mlx5",
             "bus=1",
             "speed=1",

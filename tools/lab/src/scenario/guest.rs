@@ -47,6 +47,8 @@ pub struct Nic {
     pub twin: usize,
     /// More properties for the host.
     pub more: &'static str,
+    /// Newest NVSP version that the host takes from it.
+    pub nvsp: Option<&'static str>,
 }
 
 impl Nic {
@@ -60,6 +62,7 @@ impl Nic {
             lan: None,
             twin: index,
             more: "",
+            nvsp: None,
         }
     }
 
@@ -148,6 +151,8 @@ pub struct Boot {
     pub vpci_version: Option<&'static str>,
     /// An archive with more files for the guest.
     pub overlay: Option<PathBuf>,
+    /// Whether the message log has all bytes.
+    pub log_bytes: bool,
 }
 
 impl Boot {
@@ -163,6 +168,7 @@ impl Boot {
             nvsp_version: None,
             vpci_version: None,
             overlay: None,
+            log_bytes: false,
         }
     }
 }
@@ -248,6 +254,9 @@ impl Guest {
             if nic.vf {
                 text += ",vf=mana";
             }
+            if let Some(version) = nic.nvsp {
+                text += &format!(",nvsp={version}");
+            }
             command.args(["--nic", &text]);
         }
         for (option, value) in [
@@ -261,6 +270,9 @@ impl Guest {
         }
         if let Some(path) = &boot.pmem {
             command.arg("--pmem").arg(path);
+        }
+        if boot.log_bytes {
+            command.arg("--log-bytes");
         }
         if boot.builtin_pci {
             command.arg("--builtin-pci");

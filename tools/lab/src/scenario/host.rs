@@ -63,6 +63,22 @@ impl Host {
         }
     }
 
+    /// The message log from a line on, and the number of the line after it.
+    pub fn log(&self, since: u64) -> Result<(Vec<String>, u64)> {
+        let (mut lines, mut next) = (Vec::new(), since);
+        loop {
+            let page = self.log_page(next)?;
+            if page.lines.is_empty() {
+                return Ok((lines, next));
+            }
+            if page.dropped > 0 {
+                return Err(format!("{} lines of the log are lost", page.dropped).into());
+            }
+            next = page.next;
+            lines.extend(page.lines);
+        }
+    }
+
     /// A NIC's state; NICs are told apart by their instance, as they may come in any order.
     pub fn nic(&self, nic: &Nic) -> Result<NicStatus> {
         let status = self.status()?;
