@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 pub mod bench;
 mod channels;
+mod compare;
 pub mod demo;
 mod ending;
 mod faults;
@@ -18,6 +19,7 @@ mod frames;
 mod guest;
 mod host;
 pub mod level1;
+mod messages;
 mod no_driver;
 mod observe;
 mod odd_hosts;
@@ -153,7 +155,7 @@ struct Scenario {
 }
 
 /// In the order of their numbers, which start at 1.
-const SCENARIOS: [Scenario; 17] = [
+const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "one-nic",
         title: "one NIC, no VF: addresses, traffic, VLAN, MTU, frames of all sizes",
@@ -239,10 +241,24 @@ const SCENARIOS: [Scenario; 17] = [
         title: "the same, every case",
         run: selftests::run_all,
     },
+    Scenario {
+        name: messages::NAME,
+        title: "all that hv_netvsc says to the host, message by message",
+        run: messages::run,
+    },
 ];
 
 /// Run only when they are named.
-const ON_DEMAND: [&str; 4] = ["frames", "odd-hosts", "selftests", "selftests-all"];
+const ON_DEMAND: &[&str] = &[
+    "frames",
+    "odd-hosts",
+    "selftests",
+    "selftests-all",
+    messages::NAME,
+];
+
+/// The scenarios whose texts are compared between the driver sets, with the differences that stay.
+const COMPARED: &[(&str, &[compare::Kept])] = &[(messages::NAME, messages::KEPT)];
 
 /// What is compared between the driver sets: whether ours, and `scenario.name`, to the value.
 type Measurements = BTreeMap<(bool, String), u64>;
@@ -327,9 +343,28 @@ impl<'a> Context<'a> {
         Ok(())
     }
 
+    /// Writes a text that is compared between the driver sets.
+    fn text(&mut self, name: &str, text: &str) -> Result<()> {
+        let folder = self.text_folder();
+        fs::create_dir_all(&folder)?;
+        fs::write(folder.join(name), text)?;
+        self.export(&folder);
+        Ok(())
+    }
+
+    fn text_folder(&self) -> PathBuf {
+        let folder = compare::folder(self.drivers, self.scenario.name);
+        self.options.output.join(folder)
+    }
+
     /// Tells where the logs of a boot are, and brings them out of an emulated machine.
     fn keep(&mut self, folder: &Path) {
         self.tap.note(&format!("logs are in {}", folder.display()));
+        self.export(folder);
+    }
+
+    /// Brings files out of an emulated machine, if this is one.
+    fn export(&mut self, folder: &Path) {
         if let Some(way) = &self.options.artifacts {
             let exported = File::options()
                 .append(true)
@@ -370,6 +405,7 @@ pub fn run(options: &TestOptions) -> Result<bool> {
     options.check_files()?;
     let lab = Lab::new(&options.files)?;
     fs::create_dir_all(&options.output)?;
+    forget_texts(options);
     let mut tap = Tap::new(Box::new(std::io::stdout()));
     let mut measurements = Measurements::new();
     for &drivers in options.drivers.sets() {
@@ -408,16 +444,39 @@ pub fn run(options: &TestOptions) -> Result<bool> {
             ));
         }
     }
-    if options.drivers.sets().len() > 1 {
-        compare(&mut tap, &measurements, &options.output);
-    }
+    compare(&mut tap, options, &measurements, &chosen);
     Ok(tap.finish())
 }
 
-/// Compares what was measured with both driver sets.
-fn compare(tap: &mut Tap, measurements: &Measurements, output: &Path) {
-    flaps::compare(tap, measurements);
-    selftests::compare(tap, measurements, output);
+/// Compares what the driver sets have measured and written. What only one of them has written now
+/// is compared with what an earlier run of the other one has left, if that is still there.
+fn compare(tap: &mut Tap, options: &TestOptions, measurements: &Measurements, chosen: &[usize]) {
+    let both = options.drivers.sets().len() > 1;
+    if both {
+        flaps::compare(tap, measurements);
+        selftests::compare(tap, measurements, &options.output);
+    }
+    for &(name, kept) in COMPARED {
+        if !chosen.iter().any(|&index| SCENARIOS[index].name == name) {
+            continue;
+        }
+        let there = |&drivers: &Drivers| {
+            let folder = compare::folder(drivers, name);
+            options.output.join(folder).exists()
+        };
+        if both || DriverChoice::Both.sets().iter().all(there) {
+            compare::texts(tap, &options.output, name, kept);
+        }
+    }
+}
+
+/// Takes away what earlier runs have written to be compared.
+fn forget_texts(options: &TestOptions) {
+    for drivers in options.drivers.sets() {
+        for &(name, _) in COMPARED {
+            let _ = fs::remove_dir_all(options.output.join(compare::folder(*drivers, name)));
+        }
+    }
 }
 
 /// The indices of the scenarios that were asked for.

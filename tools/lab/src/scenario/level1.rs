@@ -14,7 +14,7 @@ use crate::level1::Launch;
 use crate::run::Files;
 
 use super::tap::Tap;
-use super::{choose, compare, list, Drivers, Measurements, Result, TestOptions};
+use super::{choose, compare, forget_texts, list, Drivers, Measurements, Result, TestOptions};
 
 /// Where level 1 keeps logs, and the way by which those of failed boots leave it.
 const OUTPUT: &str = "/tmp/output";
@@ -141,13 +141,14 @@ impl Merged {
 
 /// Runs the chosen scenarios in level 1; true when every check passed.
 pub fn run(options: &TestOptions) -> Result<bool> {
-    choose(&options.scenarios)?;
+    let chosen = choose(&options.scenarios)?;
     if options.list {
         list();
         return Ok(true);
     }
     options.check_files()?;
     fs::create_dir_all(&options.output)?;
+    forget_texts(options);
     let sets = options.drivers.sets();
     let merged = Mutex::new(Merged {
         tap: Tap::new(Box::new(std::io::stdout())),
@@ -177,9 +178,10 @@ pub fn run(options: &TestOptions) -> Result<bool> {
         }
     });
     let mut merged = merged.into_inner().unwrap_or_else(PoisonError::into_inner);
-    if sets.len() > 1 {
-        compare(&mut merged.tap, &merged.measurements, &options.output);
-    }
+    let Merged {
+        tap, measurements, ..
+    } = &mut merged;
+    compare(tap, options, measurements, &chosen);
     Ok(merged.tap.finish())
 }
 

@@ -1,0 +1,661 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What hv_netvsc says to the host, message by message.
+//!
+//! There is a NIC for each version of NVSP. What the host has logged of it while something was
+//! done in the guest is a section of the NIC's text. The bus and each channel are read by
+//! threads of their own, so only the order within each of them is that of the guest. Of what the
+//! host says the order depends on the host. Ids that are names only are replaced with what they are
+//! the names of. Packets are left out, but for some whose kind is known.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+use regex::Regex;
+
+use super::compare::{section, Kept};
+use super::guest::{Boot, Guest, Nic, COMMAND};
+use super::vf::bonded;
+use super::{Context, Result};
+
+/// The name of the scenario.
+pub const NAME: &str = "messages";
+
+/// A NIC for each of them.
+const VERSIONS: [&str; 6] = ["6.1", "6.0", "5.0", "4.0", "2.0", "1.0"];
+/// The newest version and the oldest that knows of VFs.
+const WITH_VF: [&str; 2] = ["6.1", "4.0"];
+/// The versions of which packets are compared: all kinds of offloads, no UDP checksum, no VF.
+const WITH_PACKETS: [&str; 3] = ["6.1", "4.0", "1.0"];
+/// What has been silent for so long has ended.
+const QUIET: Duration = Duration::from_millis(500);
+/// The same where delayed work takes part.
+const LONG_QUIET: Duration = Duration::from_millis(2000);
+/// To these ports go the packets that are compared.
+const PORTS: std::ops::RangeInclusive<u16> = 4240..=4249;
+/// To this one TCP packets, of sizes that depend on timing.
+const TCP_PORT: u16 = 5201;
+
+/// What is done with an interface that is up: section and command, with `IF` for its name.
+const STEPS: [(&str, &str); 27] = [
+    ("promiscuous", "ip link set IF promisc on"),
+    ("not promiscuous", "ip link set IF promisc off"),
+    ("all multicast", "ip link set IF allmulticast on"),
+    ("not all multicast", "ip link set IF allmulticast off"),
+    ("MTU 1400", "ip link set IF mtu 1400"),
+    ("MTU 9000", "ip link set IF mtu 9000"),
+    ("MTU 1500", "ip link set IF mtu 1500"),
+    ("MTU too large", "ip link set IF mtu 65535"),
+    ("small buffers", "ethtool -G IF rx 1000 tx 100"),
+    ("large buffers", "ethtool -G IF rx 9000 tx 170"),
+    ("one channel", "ethtool -L IF combined 1"),
+    ("two channels", "ethtool -L IF combined 2"),
+    ("equal 1", "ethtool -X IF equal 1"),
+    ("weight", "ethtool -X IF weight 1 3"),
+    ("key", "ethtool -X IF hkey 01:02:03:04:05:06:07:08:09:0a:0b:0c:0d:0e:0f:10:11:12:13:14:15:16:17:18:19:1a:1b:1c:1d:1e:1f:20:21:22:23:24:25:26:27:28"),
+    ("default table", "ethtool -X IF default"),
+    ("rx off", "ethtool -K IF rx off"),
+    ("rx on", "ethtool -K IF rx on"),
+    ("tx off", "ethtool -K IF tx off"),
+    ("tx on", "ethtool -K IF tx on"),
+    ("lro off", "ethtool -K IF lro off"),
+    ("lro on", "ethtool -K IF lro on"),
+    ("tso off", "ethtool -K IF tso off"),
+    ("tso on", "ethtool -K IF tso on"),
+    ("other address", "ip link set IF address 60:45:bd:01:02:03"),
+    ("address of a group", "ip link set IF address 61:45:bd:01:02:03"),
+    ("hash of ports", "ethtool -N IF rx-flow-hash udp4 sdfn"),
+];
+
+/// What is done with a VF, whose name is `VF`.
+const VF_STEPS: [(&str, &str); 8] = [
+    ("VF: MTU 1400", "ip link set IF mtu 1400"),
+    ("VF: MTU 1500", "ip link set IF mtu 1500"),
+    ("VF: down", "ip link set VF down"),
+    ("VF: up", "ip link set VF up"),
+    ("VF: closed", "ip link set IF down"),
+    ("VF: opened", "ip link set IF up"),
+    ("VF: one channel", "ethtool -L IF combined 1"),
+    ("VF: two channels", "ethtool -L IF combined 2"),
+];
+
+/// Differences that are to stay.
+pub const KEPT: &[Kept] = &[
+    Kept {
+        place: "nvsp-[56].[01]/(two channels|equal 1|weight|VF: two channels)",
+        stock: &["guest 0 RNDIS_SET oid=GEN_RECEIVE_SCALE_PARAMETERS .* and [0-9]+ zeros"],
+        ours: &["guest 0 RNDIS_SET oid=GEN_RECEIVE_SCALE_PARAMETERS .* (beac01fa|25262728)"],
+        why: "the stock driver forgets the hash key when it has had one channel, and then has the \
+              host hash with a key of zeros; ours keeps it",
+    },
+    Kept {
+        place: "nvsp-.*/VF: (MTU .*|one channel|two channels)",
+        stock: &[],
+        ours: &["guest 0 NVSP_SWITCH_DATA_PATH .* 81000000 01000000 .*"],
+        why: "the lab's host sets the data path to synthetic when the channel is closed (others were \
+              not tested); ours tells the host again after a change, the stock driver leaves it \
+              there while it sends by the VF",
+    },
+    Kept {
+        place: "nvsp-[14].0/.*UDP packet.*",
+        stock: &["guest packet to port .* info 0: .*"],
+        ours: &["guest packet to port 424[0-3]: .*"],
+        why: "the stock driver has hosts before version 5 compute checksums of UDP, which it has \
+              not enabled there; ours computes them itself",
+    },
+    Kept {
+        place: "nvsp-[14].0/UDP packet without offload",
+        stock: &["guest packet to port 4244: .* 24000000 and 12 zeros"],
+        ours: &["guest packet to port 4244: .* and 28 zeros"],
+        why: "without per-packet information ours states no place for it; the stock driver states \
+              one, of length zero",
+    },
+];
+
+pub fn run(context: &mut Context<'_>) -> Result<()> {
+    let lab = context.lab();
+    let nics = VERSIONS.iter().enumerate().map(|(index, version)| Nic {
+        nvsp: Some(version),
+        ..Nic::new(index)
+    });
+    let mut guest = context.boot(&Boot {
+        cpus: 2,
+        log_bytes: true,
+        ..Boot::new(nics.collect())
+    })?;
+    let nics = guest.nics.clone();
+    for nic in &nics {
+        guest.peer_server(lab, nic, &["iperf3", "-s"])?;
+    }
+    let mut recorder = Recorder::new(&guest)?;
+    let all: Vec<_> = (0..nics.len()).collect();
+    context.check("hv_netvsc is unloaded and loaded", || {
+        recorder.phase(&all, "remove", "rmmod hv_netvsc", LONG_QUIET)?;
+        recorder.phase(&all, "probe", "modprobe hv_netvsc", LONG_QUIET)
+    });
+    for (index, nic) in nics.iter().enumerate() {
+        let version = VERSIONS[index];
+        let this = [index];
+        context.check(&format!("NVSP {version}: open, change, close"), || {
+            let mut step = |name: &str, command: &str, quiet| {
+                recorder.phase(&this, name, &command.replace("IF", &nic.name()), quiet)
+            };
+            step("MTU while closed", "ip link set IF mtu 1450", QUIET)?;
+            step("MTU while closed, back", "ip link set IF mtu 1500", QUIET)?;
+            step("open", "ip link set IF up", LONG_QUIET)?;
+            for (name, command) in STEPS {
+                step(name, command, QUIET)?;
+            }
+            let old = format!("ip link set IF address {}", nic.mac());
+            step("old address", &old, QUIET)?;
+            step("close", "ip link set IF down", QUIET)?;
+            step("open again", "ip link set IF up", LONG_QUIET)
+        });
+        if WITH_PACKETS.contains(&version) {
+            context.check(&format!("NVSP {version}: packets of each kind"), || {
+                recorder.packets(index, nic)
+            });
+        }
+        context.check(&format!("NVSP {version}: link down and up"), || {
+            recorder.action(&this, "link down", LONG_QUIET, || {
+                guest.host.nic_link(nic, false)
+            })?;
+            recorder.action(&this, "link up", LONG_QUIET, || {
+                guest.host.nic_link(nic, true)
+            })
+        });
+        if WITH_VF.contains(&version) {
+            context.check(&format!("NVSP {version}: a VF joins and leaves"), || {
+                recorder.action(&this, "VF: joins", LONG_QUIET, || {
+                    guest.host.add_vf(nic)?;
+                    bonded(&guest, nic)
+                })?;
+                for (name, command) in VF_STEPS {
+                    let command = command
+                        .replace("IF", &nic.name())
+                        .replace("VF", &nic.vf_name());
+                    recorder.phase(&this, name, &command, LONG_QUIET)?;
+                }
+                recorder.action(&this, "VF: leaves", LONG_QUIET, || {
+                    guest.host.remove_vf(nic)
+                })
+            });
+        }
+    }
+    context.check("the open interfaces are removed", || {
+        recorder.phase(&all, "remove while open", "rmmod hv_netvsc", LONG_QUIET)
+    });
+    let texts: Vec<_> = recorder.traces.into_iter().map(Trace::finish).collect();
+    for (version, text) in VERSIONS.iter().zip(texts) {
+        context.text(&format!("nvsp-{version}"), &text)?;
+    }
+    context.finish(guest)
+}
+
+/// Follows the host's message log.
+struct Recorder<'a> {
+    guest: &'a Guest,
+    traces: Vec<Trace>,
+    next: u64,
+}
+
+impl<'a> Recorder<'a> {
+    fn new(guest: &'a Guest) -> Result<Self> {
+        let mut recorder = Self {
+            guest,
+            traces: guest.nics.iter().map(Trace::new).collect(),
+            next: 0,
+        };
+        // What there was before tells of ids only.
+        recorder.settle(LONG_QUIET)?;
+        recorder.traces.iter_mut().for_each(Trace::forget);
+        Ok(recorder)
+    }
+
+    /// Takes what there is in the log until nothing more comes.
+    fn settle(&mut self, quiet: Duration) -> Result<()> {
+        let mut last = Instant::now();
+        loop {
+            let (lines, next) = self.guest.host.log(self.next)?;
+            self.next = next;
+            for line in &lines {
+                for trace in &mut self.traces {
+                    if trace.take(line)? {
+                        last = Instant::now();
+                    }
+                }
+            }
+            if last.elapsed() >= quiet {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Runs a command, which may be refused, and writes what it has led to.
+    fn phase(&mut self, nics: &[usize], name: &str, command: &str, quiet: Duration) -> Result<()> {
+        let exit = self.guest.exit(command, COMMAND * 2)?;
+        self.settle(quiet)?;
+        for &nic in nics {
+            self.traces[nic].end(name, Some(exit.code));
+        }
+        Ok(())
+    }
+
+    /// The same with something else than a command.
+    fn action(
+        &mut self,
+        nics: &[usize],
+        name: &str,
+        quiet: Duration,
+        act: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        act()?;
+        self.settle(quiet)?;
+        for &nic in nics {
+            self.traces[nic].end(name, None);
+        }
+        Ok(())
+    }
+
+    /// One packet of each kind.
+    fn packets(&mut self, index: usize, nic: &Nic) -> Result<()> {
+        let (name, peer, peer_v6) = (nic.name(), nic.peer_v4(), nic.peer_v6());
+        self.guest.sh(&format!(
+            "ip address replace {}/24 dev {name}; ip address replace {}/64 dev {name} nodad; \
+             ping -q -c 3 -W 5 {peer} && ping -q -c 3 -W 5 {peer_v6} && \
+             ip link add link {name} name vlan{index} type vlan id 1234 && \
+             ip link set vlan{index} type vlan egress 0:5 && ip link set vlan{index} up && \
+             ip address add 10.9.{index}.2/24 dev vlan{index} && \
+             ip neigh add 10.9.{index}.1 lladdr 02:00:00:00:00:01 dev vlan{index} nud permanent",
+            nic.guest_v4(),
+            nic.guest_v6(),
+        ))?;
+        let send = |length: u32, to: &str, port: u16| {
+            format!("bash -c 'head -c {length} /dev/zero >/dev/udp/{to}/{port}'")
+        };
+        let vlan = format!("10.9.{index}.1");
+        let steps = [
+            ("small UDP packet", send(10, &peer, 4240)),
+            ("large UDP packet", send(1400, &peer, 4241)),
+            ("UDP packet over IPv6", send(10, &peer_v6, 4242)),
+            ("UDP packet with VLAN", send(10, &vlan, 4243)),
+            (
+                "UDP packet without offload",
+                format!(
+                    "ethtool -K {name} tx off; {}; ethtool -K {name} tx on",
+                    send(10, &peer, 4244)
+                ),
+            ),
+            (
+                "TCP over IPv4",
+                format!("for i in 1 2 3; do iperf3 -i 0 -t 1 -c {peer} && break; done >/dev/null"),
+            ),
+            (
+                "TCP over IPv6",
+                format!(
+                    "for i in 1 2 3; do iperf3 -i 0 -t 1 -c {peer_v6} && break; done >/dev/null"
+                ),
+            ),
+        ];
+        for (step, command) in steps {
+            self.phase(&[index], step, &command, QUIET)?;
+        }
+        self.guest.sh(&format!("ip link delete vlan{index}"))?;
+        self.phase(&[index], "VLAN gone", "true", QUIET)
+    }
+}
+
+/// What a NIC and its host have said to each other.
+struct Trace {
+    /// Name of the NIC's primary channel; those of others go on with a dot.
+    channel: String,
+    instance: String,
+    /// The relids of its channels, with the numbers of these.
+    relids: BTreeMap<u64, u64>,
+    /// Its GPADLs, and what they are called.
+    gpadls: BTreeMap<u64, String>,
+    /// What the guest has sent since the last section ended, by the bus and each channel.
+    from_guest: BTreeMap<String, Vec<String>>,
+    /// Messages with the addresses of a GPADL's pages: how many, and bytes.
+    bodies: (usize, usize),
+    /// What the bus of the guest does when it comes to it.
+    late: Vec<String>,
+    /// What is there, but how often, and when, depends on packets and on who is first.
+    any: BTreeSet<String>,
+    /// The same in one section.
+    any_here: BTreeSet<String>,
+    from_host: Vec<String>,
+    /// The NVSP message in front of an RNDIS message.
+    pending: Option<String>,
+    text: String,
+}
+
+/// An id in a message: where, and of which kind.
+type Id = (usize, &'static str);
+
+/// The ids in the guest's messages.
+fn ids(name: &str) -> &'static [Id] {
+    match name {
+        "GPADL_HEADER" | "GPADL_TEARDOWN" => &[(8, "relid"), (12, "gpadl")],
+        "GPADL_BODY" => &[(12, "gpadl")],
+        "OPEN_CHANNEL" => &[(8, "relid"), (12, "relid"), (16, "gpadl")],
+        "CLOSE_CHANNEL" | "RELID_RELEASED" | "MODIFY_CHANNEL" => &[(8, "relid")],
+        "NVSP_SEND_RECEIVE_BUFFER" | "NVSP_SEND_SEND_BUFFER" => &[(4, "gpadl")],
+        "NVSP_SEND_RNDIS_PACKET" => &[(8, "section")],
+        _ if name.starts_with("RNDIS_") && name != "RNDIS_PACKET" => &[(8, "request")],
+        _ => &[],
+    }
+}
+
+/// The value of a field of a line.
+fn field(line: &str, name: &str) -> Option<u64> {
+    let value = line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))?;
+    match value.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).ok(),
+        None => value.parse().ok(),
+    }
+}
+
+fn bytes_of(hex: &str) -> Vec<u8> {
+    (0..hex.len() / 2)
+        .filter_map(|at| u8::from_str_radix(hex.get(2 * at..2 * at + 2)?, 16).ok())
+        .collect()
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    let word = bytes.get(at..)?.first_chunk()?;
+    Some(u32::from_le_bytes(*word))
+}
+
+impl Trace {
+    fn new(nic: &Nic) -> Self {
+        Self {
+            channel: format!("net{}", nic.index),
+            instance: nic.instance(),
+            relids: BTreeMap::new(),
+            gpadls: BTreeMap::new(),
+            from_guest: BTreeMap::new(),
+            bodies: (0, 0),
+            late: Vec::new(),
+            any: BTreeSet::new(),
+            any_here: BTreeSet::new(),
+            from_host: Vec::new(),
+            pending: None,
+            text: String::new(),
+        }
+    }
+
+    /// Forgets what was said, but not who is who.
+    fn forget(&mut self) {
+        self.from_guest.clear();
+        self.late.clear();
+        self.any.clear();
+        self.any_here.clear();
+        self.from_host.clear();
+    }
+
+    /// Ends a section.
+    fn end(&mut self, name: &str, exit: Option<i32>) {
+        let exit = exit.map(|code| format!("exit code {code}"));
+        self.late.sort();
+        self.from_host.sort();
+        let lines = exit
+            .iter()
+            .chain(self.from_guest.values().flatten())
+            .chain(&self.late)
+            .chain(&self.any_here)
+            .chain(&self.from_host)
+            .map(String::as_str);
+        section(&mut self.text, name, lines);
+        self.from_guest.clear();
+        self.late.clear();
+        self.any_here.clear();
+        self.from_host.clear();
+    }
+
+    /// All that there is.
+    fn finish(mut self) -> String {
+        let lines = self.any.iter().map(String::as_str);
+        section(&mut self.text, "at any time", lines);
+        self.text
+    }
+
+    /// Takes a line of the log, if it is of this NIC and of interest.
+    fn take(&mut self, line: &str) -> Result<bool> {
+        let mut words = line.split_whitespace();
+        let (Some(_), Some(direction), Some(channel), Some(name)) =
+            (words.next(), words.next(), words.next(), words.next())
+        else {
+            return Err(format!("no line of a message log: {line}").into());
+        };
+        let channel = match channel {
+            "vmbus" if self.is_mine(name, line) => "bus".to_owned(),
+            _ if channel == self.channel => "0".to_owned(),
+            _ => match channel.strip_prefix(&self.channel) {
+                Some(number) if number.starts_with('.') => number[1..].to_owned(),
+                _ => return Ok(false),
+            },
+        };
+        let rest = line
+            .split_once(name)
+            .map_or("", |(_, rest)| rest)
+            .split(" bytes=")
+            .next()
+            .unwrap_or_default();
+        match direction {
+            "host>guest" => {
+                self.from_host
+                    .push(format!("host  {channel} {name}{}", anonymous(rest)?));
+                Ok(true)
+            }
+            "guest>host" => {
+                let bytes = line.rsplit_once(" bytes=").map(|(_, hex)| bytes_of(hex));
+                Ok(self.guest_message(&channel, name, rest, bytes.unwrap_or_default()))
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Whether a control message of the bus is about this NIC.
+    fn is_mine(&mut self, name: &str, line: &str) -> bool {
+        let relid = field(line, "relid");
+        if let ("OFFER_CHANNEL", Some(relid)) = (name, relid) {
+            // A relid that was given up is another channel's later.
+            self.relids.remove(&relid);
+            if line.to_lowercase().contains(&self.instance) {
+                let channel = field(line, "subchannel").unwrap_or_default();
+                self.relids.insert(relid, channel);
+            }
+        }
+        match relid {
+            Some(relid) => self.relids.contains_key(&relid),
+            None => field(line, "gpadl").is_some_and(|gpadl| self.gpadls.contains_key(&gpadl)),
+        }
+    }
+
+    /// Notes what a GPADL is.
+    fn gpadl(&mut self, bytes: &[u8]) {
+        if let (Some(relid), Some(gpadl), Some(size)) =
+            (word(bytes, 8), word(bytes, 12), word(bytes, 20))
+        {
+            let channel = self.name("relid", relid);
+            let name = format!("<{size} bytes of {channel}>");
+            self.gpadls.insert(gpadl.into(), name);
+        }
+    }
+
+    fn guest_message(&mut self, channel: &str, name: &str, fields: &str, bytes: Vec<u8>) -> bool {
+        match name {
+            "RNDIS_PACKET" => return self.packet(fields, &bytes),
+            "GPADL_HEADER" => self.gpadl(&bytes),
+            "GPADL_BODY" => {
+                self.bodies.0 += 1;
+                self.bodies.1 += bytes.len();
+                let text = format!(
+                    "guest {channel} GPADL_BODY: {} messages, {} bytes",
+                    self.bodies.0, self.bodies.1
+                );
+                let lines = self.from_guest.entry(channel.to_owned()).or_default();
+                if self.bodies.0 > 1 {
+                    lines.pop();
+                }
+                lines.push(text);
+                return true;
+            }
+            _ => {}
+        }
+        let shown = match name {
+            // What follows are the addresses of pages.
+            "GPADL_HEADER" => bytes.get(..28).unwrap_or(&bytes),
+            _ => &bytes,
+        };
+        let fields = match fields.split_once("completion=") {
+            Some((_, completion)) => format!(" completion={}", completion.trim()),
+            None if name.starts_with("RNDIS_") => {
+                let fields = fields.split(" length=").next();
+                fields.unwrap_or_default().to_owned()
+            }
+            None => String::new(),
+        };
+        let mut text = format!("guest {channel} {name}{fields} {} bytes:", bytes.len());
+        self.words(&mut text, shown, ids(name));
+        match name {
+            "NVSP_SEND_RNDIS_PACKET" => {
+                // Only of interest if the next message is.
+                self.pending = Some(text);
+                return false;
+            }
+            // For packets as well, so their number depends on those.
+            "NVSP_COMPLETION" => {
+                self.any.insert(text.replacen(channel, "*", 1));
+                return false;
+            }
+            // The host may see the channel closed before it reads them.
+            "NVSP_REVOKE_RECEIVE_BUFFER" | "NVSP_REVOKE_SEND_BUFFER" => {
+                self.any.insert(text);
+                return true;
+            }
+            "RELID_RELEASED" => {
+                self.late.push(text);
+                return true;
+            }
+            _ => {}
+        }
+        if channel == "bus" {
+            self.bodies = (0, 0);
+        }
+        let lines = self.from_guest.entry(channel.to_owned()).or_default();
+        if name.starts_with("RNDIS_") {
+            lines.extend(self.pending.take());
+        }
+        lines.push(text);
+        true
+    }
+
+    /// A packet: taken if it is one of ours.
+    fn packet(&mut self, fields: &str, bytes: &[u8]) -> bool {
+        let pending = self.pending.take();
+        let frame = fields.rsplit_once("frame=").map(|(_, hex)| bytes_of(hex));
+        let frame = frame.unwrap_or_default();
+        let port = match frame.get(12..14) {
+            Some([0x08, 0x00]) => frame.get(36..38),
+            Some([0x86, 0xdd]) => frame.get(56..58),
+            _ => None,
+        };
+        let port = match port {
+            Some(&[high, low]) => u16::from_be_bytes([high, low]),
+            _ => return false,
+        };
+        let mut text = format!("guest packet to port {port}:");
+        if PORTS.contains(&port) {
+            let length = fields.split_whitespace().next().unwrap_or_default();
+            let _ = write!(text, " {length}");
+            if let Some(pending) = pending {
+                // The channel depends on a hash with a random key.
+                let pending = pending.split_once(' ').map_or("", |(_, rest)| rest);
+                let pending = pending.split_once(' ').map_or("", |(_, rest)| rest);
+                let _ = write!(text, " {pending}, RNDIS:");
+            }
+            self.words(&mut text, bytes.get(..44).unwrap_or(bytes), &[]);
+            self.infos(&mut text, bytes);
+            self.from_guest
+                .entry("packets".to_owned())
+                .or_default()
+                .push(text);
+            return true;
+        }
+        if port == TCP_PORT {
+            self.infos(&mut text, bytes);
+            self.any_here.insert(text);
+        }
+        false
+    }
+
+    /// The per-packet information of a packet.
+    fn infos(&self, text: &mut String, bytes: &[u8]) {
+        const HASH: u32 = 8;
+        let (Some(offset), Some(length)) = (word(bytes, 36 - 8), word(bytes, 40 - 8)) else {
+            return;
+        };
+        let mut rest = bytes.get(8 + offset as usize..).unwrap_or_default();
+        rest = rest.get(..length as usize).unwrap_or(rest);
+        while let (Some(size), Some(kind)) = (word(rest, 0), word(rest, 4)) {
+            let size = (size as usize).clamp(12, rest.len().max(12));
+            let _ = write!(text, " info {kind}:");
+            let info = rest.get(..size).unwrap_or(rest);
+            match kind {
+                HASH => self.words(text, info, &[(12, "hash")]),
+                _ => self.words(text, info, &[]),
+            }
+            rest = rest.get(size..).unwrap_or_default();
+        }
+    }
+
+    /// Writes a message in words of four bytes; ids by their names, and zeros at the end counted.
+    fn words(&self, text: &mut String, bytes: &[u8], ids: &[Id]) {
+        let zeros = bytes.iter().rev().take_while(|byte| **byte == 0).count() / 4 * 4;
+        let (written, zeros) = match zeros {
+            // A few are easier to read as they are.
+            0..=8 => (bytes, 0),
+            _ => (&bytes[..bytes.len() - zeros], zeros),
+        };
+        for (at, chunk) in written.chunks(4).enumerate() {
+            let id = ids.iter().find(|(offset, _)| *offset == 4 * at);
+            let _ = match (id, word(chunk, 0)) {
+                (Some((_, kind)), Some(value)) if value != u32::MAX => {
+                    write!(text, " {}", self.name(kind, value))
+                }
+                _ => {
+                    let _ = write!(text, " ");
+                    chunk.iter().try_for_each(|byte| write!(text, "{byte:02x}"))
+                }
+            };
+        }
+        if zeros > 0 {
+            let _ = write!(text, " and {zeros} zeros");
+        }
+    }
+
+    /// What an id is the name of.
+    fn name(&self, kind: &str, value: u32) -> String {
+        let known = match kind {
+            "relid" => self
+                .relids
+                .get(&value.into())
+                .map(|channel| format!("<channel {channel}>")),
+            "gpadl" => self.gpadls.get(&value.into()).cloned(),
+            // Any section and any hash is as good as another.
+            _ => Some(format!("<{kind}>")),
+        };
+        known.unwrap_or_else(|| format!("<unknown {kind}>"))
+    }
+}
+
+/// Fields of the host's messages, without ids.
+fn anonymous(fields: &str) -> Result<String> {
+    let ids = Regex::new(" (relid|gpadl|open_id|connection)=[0-9a-fx]+")?;
+    Ok(ids.replace_all(fields, "").into_owned())
+}
