@@ -659,9 +659,12 @@ impl Peer {
         }
     }
 
-    /// Gives the tap its addresses.
+    /// Gives the tap its addresses. The hardware address is the same in each run: a guest that slept
+    /// meanwhile still knows it.
     fn bring_up(&self) -> Result<(), String> {
+        let address = format!("12:34:56:78:9a:{:02x}", self.index);
         self.ip(&["link", "set", "lo", "up"])?;
+        self.ip(&["link", "set", TAP, "address", &address])?;
         self.give_addresses(TAP)
     }
 
