@@ -108,11 +108,11 @@ impl Kept {
 
 type Sections = Vec<(String, Vec<String>)>;
 
+/// Sections with their differences.
+type DifferentSections = Vec<(String, Vec<Difference>)>;
+
 /// The differences by text and section.
-fn differences(
-    output: &Path,
-    scenario: &str,
-) -> Result<BTreeMap<String, Vec<(String, Vec<Difference>)>>> {
+fn differences(output: &Path, scenario: &str) -> Result<BTreeMap<String, DifferentSections>> {
     let stock = read(&output.join(folder(Drivers::C, scenario)))?;
     let mut ours = read(&output.join(folder(Drivers::Rust, scenario)))?;
     let mut result = BTreeMap::new();
