@@ -89,13 +89,13 @@ help:
 #h   make tools       build the lab host, build/hvlab
 #h   make image       make the guest image
 #h   make lint        only the checks that need no virtual machine
-#h   make update      look for a newer kernel now (it is looked for once a week)
+#h   make update      look for a newer 7.2 kernel now (it is looked for once a week)
 #h   make clean       remove build/
 #h   make distclean   and the cache folder's contents: build root, kernel trees, images
 #h
 #h Variables:
 #h   KDIR=FOLDER      build for this prepared kernel tree
-#h   KERNEL=RELEASE   build for this release of Debian's kernel, not the newest
+#h   KERNEL=RELEASE   build for this release of Debian's kernel, not the newest 7.2
 #h   TOOLCHAIN=host   with KDIR: use this machine's tools, not the build root's
 #h   V=1              show commands
 #h   ARGS=...         arguments for the lab (make lab ARGS=--help)

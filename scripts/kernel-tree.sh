@@ -12,11 +12,14 @@
 #
 # usage: kernel-tree.sh [--update]
 #
-# By default the newest linux-image-cloud-amd64 of trixie-backports which has
-# headers and source of the same version; HYPERV_RUST_KERNEL=RELEASE names
-# another.  The newest is looked up once a week, or with --update.
+# By default the newest cloud kernel of the series below in trixie-backports
+# which has headers and source of the same version; HYPERV_RUST_KERNEL=RELEASE
+# names another.  The newest is looked up once a week, or with --update.
 
 . "$(dirname "$0")/common.sh"
+
+# The series whose internal Rust interfaces the modules are written for.
+series=7.2
 
 update=no
 [ "${1:-}" != --update ] || update=yes
@@ -24,7 +27,7 @@ update=no
 root=$("$top/scripts/build-root.sh")
 make_cache
 tree_key=$(key "$top/scripts/kernel-tree.sh" "$root/etc/hyperv-rust-toolchain" </dev/null)
-wanted=${HYPERV_RUST_KERNEL:-newest}
+wanted=${HYPERV_RUST_KERNEL:-newest-$series}
 choice=$cache/kernel-$wanted-$tree_key.choice
 
 # A choice is one line: RELEASE VERSION (of the packages).
@@ -35,7 +38,7 @@ read_choice() {
 
 is_fresh() {
 	[ -e "$choice" ] && [ $update = no ] &&
-		{ [ "$wanted" != newest ] || [ -n "$(find "$choice" -mtime -7)" ]; }
+		{ [ "$wanted" != "newest-$series" ] || [ -n "$(find "$choice" -mtime -7)" ]; }
 }
 
 if is_fresh; then
@@ -78,26 +81,26 @@ is_complete() {
 		has_version "$(source_package "$1")" "$2"
 }
 
+# Releases that are wanted, newest first.
+releases() {
+	if [ "$wanted" != "newest-$series" ]; then
+		echo "$wanted"
+	else
+		in_root apt-cache pkgnames "linux-image-$series." |
+			sed -En 's/^linux-image-([0-9.]+\+deb13-cloud-amd64)$/\1/p' | sort -Vr
+	fi
+}
+
 # Prints "RELEASE VERSION" of the kernel that is wanted.
 choose() {
-	local v rel
-	if [ "$wanted" != newest ]; then
-		for v in $(versions "linux-image-$wanted"); do
-			if is_complete "$wanted" "$v"; then
-				echo "$wanted $v"
+	local rel v
+	for rel in $(releases); do
+		for v in $(versions "linux-image-$rel"); do
+			if is_complete "$rel" "$v"; then
+				echo "$rel $v"
 				return
 			fi
 		done
-		return 1
-	fi
-	for v in $(in_root apt-cache madison linux-image-cloud-amd64 |
-		awk '/trixie-backports/ { print $3 }' | sort -uVr); do
-		rel=$(in_root apt-cache show "linux-image-cloud-amd64=$v" |
-			sed -En 's/^Depends:.*linux-image-([0-9][^ ,]*).*/\1/p' | head -n 1)
-		if [ -n "$rel" ] && is_complete "$rel" "$v"; then
-			echo "$rel $v"
-			return
-		fi
 	done
 	return 1
 }
@@ -215,7 +218,7 @@ if ! is_fresh; then
 		say "using the kernel chosen earlier"
 	else
 		found=$(choose) ||
-			die "no kernel $wanted with image, headers and source of one version in trixie-backports" \
+			die "no kernel ${wanted/-/ of series } with image, headers and source of one version in trixie-backports" \
 				"make KERNEL=RELEASE with a release that has them" \
 				"make KDIR=FOLDER with a prepared kernel tree of your own"
 		echo "$found" >"$choice.new"
