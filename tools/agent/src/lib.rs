@@ -13,6 +13,7 @@ pub mod flood;
 pub mod frames;
 pub mod gap;
 pub mod module;
+pub mod netdev;
 pub mod netns;
 pub mod packet;
 pub mod pattern;

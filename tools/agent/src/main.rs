@@ -10,7 +10,9 @@ use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
-use lab_agent::{count, counters, flood, frames, module, netns, packet, rr, serve, tcp, udp};
+use lab_agent::{
+    count, counters, flood, frames, module, netdev, netns, packet, rr, serve, tcp, udp,
+};
 use nix::sys::signal::SigSet;
 use serde::Serialize;
 
@@ -70,6 +72,8 @@ enum Task {
     TcpReceive(tcp::ReceiveOptions),
     /// Watch an interface's counters
     Counters(counters::Options),
+    /// Ask the kernel about the queues of an interface
+    Netdev(netdev::Options),
 }
 
 fn main() -> ExitCode {
@@ -106,6 +110,7 @@ fn run(cli: Cli) -> Result<(), Box<dyn Error>> {
         Task::TcpSend(options) => print(&tcp::send(&options, &*on_interrupt()?)?)?,
         Task::TcpReceive(options) => print(&tcp::receive(&options)?)?,
         Task::Counters(options) => print(&counters::watch(&options, &*on_interrupt()?)?)?,
+        Task::Netdev(options) => print(&netdev::ask(&options)?)?,
     }
     Ok(())
 }
