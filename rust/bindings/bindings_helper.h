@@ -31,13 +31,12 @@
 #include <linux/workqueue.h>
 #include <net/flow_dissector.h>
 #include <net/ip6_checksum.h>
+#include <net/netdev_queues.h>
 #include <net/page_pool/types.h>
 #include <net/xdp.h>
 
+#include "netvsc.h"
 #include "netvsc_trace.h"
-
-extern unsigned int hyperv_netvsc_ring_size;
-extern int hyperv_netvsc_debug;
 
 /* Macros with casts, which bindgen cannot evaluate. */
 const u32 HYPERV_CONST_SKB_ALIGN = SKB_DATA_ALIGN(1);

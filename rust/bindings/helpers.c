@@ -236,6 +236,40 @@ bool hyperv_helper_netif_xmit_stopped(const struct netdev_queue *queue)
 	return netif_xmit_stopped(queue);
 }
 
+void hyperv_helper_netdev_tx_sent_queue(struct netdev_queue *queue, unsigned int bytes)
+{
+	netdev_tx_sent_queue(queue, bytes);
+}
+
+/* Takes back what netdev_tx_sent_queue() was told; the queue's transmit lock is held. */
+void hyperv_helper_netdev_tx_unsend_queue(struct netdev_queue *queue, unsigned int bytes)
+{
+#ifdef CONFIG_BQL
+	WRITE_ONCE(queue->dql.num_queued, queue->dql.num_queued - bytes);
+	/* As in netdev_tx_completed_queue(): whoever comes later sees that there is room. */
+	smp_mb();
+	if (dql_avail(&queue->dql) >= 0 &&
+	    test_and_clear_bit(__QUEUE_STATE_STACK_XOFF, &queue->state))
+		netif_schedule_queue(queue);
+#endif
+}
+
+/* Never more than was sent: dql_completed() would stop the kernel. */
+void hyperv_helper_netdev_tx_completed_queue(struct netdev_queue *queue, unsigned int packets,
+					     unsigned int bytes)
+{
+#ifdef CONFIG_BQL
+	unsigned int sent = READ_ONCE(queue->dql.num_queued) - queue->dql.num_completed;
+
+	netdev_tx_completed_queue(queue, packets, min(bytes, sent));
+#endif
+}
+
+void hyperv_helper_netdev_tx_reset_queue(struct netdev_queue *queue)
+{
+	netdev_tx_reset_queue(queue);
+}
+
 bool hyperv_helper_netdev_xmit_more(void)
 {
 	return netdev_xmit_more();

@@ -27,7 +27,8 @@ use kernel::{
     sync::{
         Arc,
         ArcBorrow, //
-    }, //
+    },
+    time::Delta, //
 };
 
 use crate::{
@@ -87,6 +88,30 @@ pub struct Stats {
     pub multicast: u64,
 }
 
+/// What a receive queue has counted.
+#[derive(Clone, Copy, Default)]
+pub struct RxQueueStats {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Packets lost for want of memory.
+    pub alloc_fail: u64,
+}
+
+/// What a transmit queue has counted.
+#[derive(Clone, Copy, Default)]
+pub struct TxQueueStats {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// How often the driver stopped the queue.
+    pub stop: u64,
+    /// How often it woke it.
+    pub wake: u64,
+}
+
 /// A driver of network devices, implemented by the private data of a device.
 ///
 /// Callbacks with a [`Rtnl`] run under the RTNL and may sleep.
@@ -123,6 +148,20 @@ pub trait Driver: Ethtool + Xdp + Sized + Send + Sync + 'static {
 
     /// The device's counters. Must not sleep.
     fn stats(dev: &Device<Self>) -> Stats;
+
+    /// A transmit queue was stopped for too long ([`Device::set_watchdog`]) while there was a carrier
+    /// and the device was present. Must not sleep.
+    fn tx_timeout(dev: &Device<Self>, queue: u32);
+
+    /// The counters of a receive queue that is in use. The RTNL or the device's lock is held.
+    fn rx_queue_stats(dev: &Device<Self>, queue: u32) -> RxQueueStats;
+
+    /// The counters of a transmit queue that is in use. The RTNL or the device's lock is held.
+    fn tx_queue_stats(dev: &Device<Self>, queue: u32) -> TxQueueStats;
+
+    /// What has to be added to the counters of all queues in use to get those of the device. The
+    /// same lock is held as for the queues, which are asked next.
+    fn base_stats(dev: &Device<Self>) -> (RxQueueStats, TxQueueStats);
 
     /// The device is about to be unregistered; the same [`Rtnl`] is held until that is done.
     fn unregistering(dev: &Device<Self>, rtnl: &Rtnl);
@@ -265,6 +304,14 @@ impl<T> Device<T> {
             (*self.as_raw()).min_mtu = min;
             (*self.as_raw()).max_mtu = max;
         }
+    }
+
+    /// Sets for how long a transmit queue may be stopped, see [`Driver::tx_timeout`].
+    pub fn set_watchdog(&self, timeout: Delta, _rtnl: &Rtnl) {
+        let millis = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+        let jiffies = kernel::time::msecs_to_jiffies(millis);
+        // SAFETY: The device is valid and the RTNL is held.
+        unsafe { (*self.as_raw()).watchdog_timeo = c_int::try_from(jiffies).unwrap_or(c_int::MAX) };
     }
 
     /// Sets the room needed before a packet, in bytes.
@@ -429,6 +476,39 @@ impl<T> Device<T> {
         Some(result)
     }
 
+    /// Forgets what was sent by a transmit queue ([`TxQueue::sent`]) and not completed.
+    ///
+    /// Nothing may be sent by the queue meanwhile, or completed.
+    pub fn reset_queue(&self, index: u16) {
+        if let Some(queue) = self.queue(index) {
+            // SAFETY: A queue of the device is valid as long as the device is.
+            unsafe { bindings::netdev_tx_reset_queue(queue.as_ptr()) };
+        }
+    }
+
+    /// Notes that packets of a transmit queue are out.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else may call this for the same queue at the same time.
+    pub(crate) unsafe fn complete_queue(&self, index: u16, packets: u32, bytes: u32) {
+        if let Some(queue) = self.queue(index) {
+            // SAFETY: A queue of the device is valid as long as the device is. By the safety
+            // requirements there is one caller at a time.
+            unsafe { bindings::netdev_tx_completed_queue(queue.as_ptr(), packets, bytes) };
+        }
+    }
+
+    /// Whether a transmit queue is stopped, by the driver or because too much was sent
+    /// ([`TxQueue::sent`]).
+    pub fn is_queue_blocked(&self, index: u16) -> bool {
+        let Some(queue) = self.queue(index) else {
+            return false;
+        };
+        // SAFETY: A queue of the device is valid as long as the device is.
+        unsafe { bindings::netif_xmit_stopped(queue.as_ptr()) }
+    }
+
     /// Wakes a transmit queue.
     pub fn wake_queue(&self, index: u16) {
         if let Some(queue) = self.queue(index) {
@@ -472,6 +552,20 @@ impl TxQueue<'_> {
     pub fn wake(&mut self) {
         // SAFETY: By the type invariants the queue is valid.
         unsafe { bindings::netif_tx_wake_queue(self.queue.as_ptr()) };
+    }
+
+    /// Notes that `bytes` are about to be sent: no more than the queue's limit (BQL) shall be on
+    /// their way. The poll of the queue says when they are out, see
+    /// [`PollContext::completed`](crate::PollContext::completed).
+    pub fn sent(&mut self, bytes: u32) {
+        // SAFETY: By the type invariants the queue is valid and locked.
+        unsafe { bindings::netdev_tx_sent_queue(self.queue.as_ptr(), bytes) };
+    }
+
+    /// Takes [`TxQueue::sent`] back: they could not be sent.
+    pub fn not_sent(&mut self, bytes: u32) {
+        // SAFETY: By the type invariants the queue is valid and locked.
+        unsafe { bindings::netdev_tx_unsend_queue(self.queue.as_ptr(), bytes) };
     }
 
     /// Whether another packet will follow at once. Not if the queue is stopped.
@@ -596,6 +690,7 @@ impl<'bound, T: Driver> UnregisteredDevice<'bound, T> {
             (*raw.as_ptr()).netdev_ops = &Ops::<T>::NETDEV;
             (*raw.as_ptr()).ethtool_ops = &EthtoolOps::<T>::OPS;
             (*raw.as_ptr()).xdp_features = xdp::FEATURES;
+            (*raw.as_ptr()).stat_ops = &Ops::<T>::STAT;
             bindings::netif_carrier_off(raw.as_ptr());
             bindings::netif_set_real_num_tx_queues(raw.as_ptr(), 1);
             bindings::netif_set_real_num_rx_queues(raw.as_ptr(), 1);
@@ -681,9 +776,16 @@ impl<T: Driver> Ops<T> {
         ndo_validate_addr: Some(bindings::eth_validate_addr),
         ndo_set_mac_address: Some(Self::set_mac_address),
         ndo_get_stats64: Some(Self::get_stats64),
+        ndo_tx_timeout: Some(Self::tx_timeout),
         ndo_bpf: Some(XdpOps::<T>::bpf),
         ndo_xdp_xmit: Some(XdpOps::<T>::xmit),
         ..pin_init::zeroed()
+    };
+
+    const STAT: bindings::netdev_stat_ops = bindings::netdev_stat_ops {
+        get_queue_stats_rx: Some(Self::get_queue_stats_rx),
+        get_queue_stats_tx: Some(Self::get_queue_stats_tx),
+        get_base_stats: Some(Self::get_base_stats),
     };
 
     /// # Safety
@@ -875,6 +977,79 @@ impl<T: Driver> Ops<T> {
             (*to).tx_bytes += stats.tx_bytes;
             (*to).tx_dropped += stats.tx_dropped;
             (*to).multicast += stats.multicast;
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Only the core calls this, as `ndo_tx_timeout` of a registered device of the driver `T`.
+    unsafe extern "C" fn tx_timeout(dev: *mut bindings::net_device, queue: c_uint) {
+        // SAFETY: The core calls this with a registered device.
+        T::tx_timeout(unsafe { Self::device(dev) }, queue);
+    }
+
+    /// # Safety
+    ///
+    /// `to` must be valid for writes.
+    unsafe fn put_rx(stats: RxQueueStats, to: *mut bindings::netdev_queue_stats_rx) {
+        // SAFETY: By the safety requirements. What is not counted is left alone.
+        unsafe {
+            (*to).packets = stats.packets;
+            (*to).bytes = stats.bytes;
+            (*to).alloc_fail = stats.alloc_fail;
+        }
+    }
+
+    /// # Safety
+    ///
+    /// `to` must be valid for writes.
+    unsafe fn put_tx(stats: TxQueueStats, to: *mut bindings::netdev_queue_stats_tx) {
+        // SAFETY: By the safety requirements. What is not counted is left alone.
+        unsafe {
+            (*to).packets = stats.packets;
+            (*to).bytes = stats.bytes;
+            (*to).stop = stats.stop;
+            (*to).wake = stats.wake;
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_queue_stats_rx` of a registered device of the driver `T`.
+    unsafe extern "C" fn get_queue_stats_rx(
+        dev: *mut bindings::net_device,
+        queue: c_int,
+        to: *mut bindings::netdev_queue_stats_rx,
+    ) {
+        // SAFETY: The core calls this with a registered device, and `to` is valid for writes.
+        unsafe { Self::put_rx(T::rx_queue_stats(Self::device(dev), queue as u32), to) };
+    }
+
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_queue_stats_tx` of a registered device of the driver `T`.
+    unsafe extern "C" fn get_queue_stats_tx(
+        dev: *mut bindings::net_device,
+        queue: c_int,
+        to: *mut bindings::netdev_queue_stats_tx,
+    ) {
+        // SAFETY: The core calls this with a registered device, and `to` is valid for writes.
+        unsafe { Self::put_tx(T::tx_queue_stats(Self::device(dev), queue as u32), to) };
+    }
+
+    /// # Safety
+    ///
+    /// Only the core calls this, as `get_base_stats` of a registered device of the driver `T`.
+    unsafe extern "C" fn get_base_stats(
+        dev: *mut bindings::net_device,
+        rx: *mut bindings::netdev_queue_stats_rx,
+        tx: *mut bindings::netdev_queue_stats_tx,
+    ) {
+        // SAFETY: The core calls this with a registered device, and both are valid for writes.
+        unsafe {
+            let (from_rx, from_tx) = T::base_stats(Self::device(dev));
+            Self::put_rx(from_rx, rx);
+            Self::put_tx(from_tx, tx);
         }
     }
 }

@@ -15,6 +15,7 @@
 
 use kernel::error::Error;
 
+pub mod debugfs;
 mod device;
 mod ethtool;
 mod features;
@@ -64,9 +65,11 @@ pub use self::device::{
     DeviceRef,
     Driver,
     Registration,
+    RxQueueStats,
     Stats,
     TxLocked,
     TxQueue,
+    TxQueueStats,
     UnregisteredDevice,
     Xmit, //
 };

@@ -82,6 +82,8 @@ pub struct PollContext<'a, D> {
     xdp: Option<&'a xdp::RxQueue>,
     redirected: Cell<bool>,
     budget: i32,
+    /// As in [`Napi`].
+    queue: u32,
     _not_send: PhantomData<*mut ()>,
 }
 
@@ -114,6 +116,16 @@ impl<'a, D> PollContext<'a, D> {
     pub fn receive(&self, skb: SkBuff) {
         // SAFETY: By the type invariants we are in the poll of this NAPI, and the packet is ours.
         unsafe { bindings::napi_gro_receive(self.napi.as_ptr(), skb.into_raw()) };
+    }
+
+    /// Notes that packets of the transmit queue that this NAPI serves ([`Napi::bind_queue`]), which
+    /// was told of them by [`TxQueue::sent`](crate::TxQueue::sent), are out.
+    pub fn completed(&self, packets: u32, bytes: u32) {
+        if let Some(index) = self.queue.checked_sub(1) {
+            // SAFETY: By the type invariants we are in the poll of the one NAPI that serves the
+            // queue.
+            unsafe { self.dev.complete_queue(index as u16, packets, bytes) };
+        }
     }
 
     /// Frees a packet that was transmitted.
@@ -263,6 +275,7 @@ impl<P: Poll> Napi<P> {
                 xdp: this.xdp.as_ref().map(|queue| &**queue),
                 redirected: Cell::new(false),
                 budget,
+                queue: this.queue.load(Relaxed),
                 _not_send: PhantomData,
             };
             let polled = poller.poll(&this.shared, &context, budget);

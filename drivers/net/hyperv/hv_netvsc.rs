@@ -19,6 +19,7 @@ use net::NotifierRegistration;
 
 use crate::{
     device::NetvscDriver,
+    status::FolderInUse,
     vf::Bonding, //
 };
 
@@ -44,12 +45,16 @@ mod rndis;
 mod rx;
 #[path = "hv_netvsc/stats.rs"]
 mod stats;
+#[path = "hv_netvsc/status.rs"]
+mod status;
 #[path = "hv_netvsc/subchannel.rs"]
 mod subchannel;
 #[path = "hv_netvsc/tx.rs"]
 mod tx;
 #[path = "hv_netvsc/vf.rs"]
 mod vf;
+#[path = "hv_netvsc/watchdog.rs"]
+mod watchdog;
 #[path = "hv_netvsc/xdp.rs"]
 mod xdp;
 
@@ -69,14 +74,18 @@ struct HvNetvsc {
     _notifier: NotifierRegistration<Bonding>,
     #[pin]
     _driver: driver::Registration<vmbus::Adapter<NetvscDriver>>,
+    _debugfs: FolderInUse,
 }
 
 impl InPlaceModule for HvNetvsc {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         config::init(net::netvsc::ring_size(), net::netvsc::debug());
+        // It is there before the devices, and goes after them.
+        let debugfs = FolderInUse::new();
         try_pin_init!(Self {
             _notifier: NotifierRegistration::new()?,
             _driver <- driver::Registration::new(c"hv_netvsc", module),
+            _debugfs: debugfs,
         })
     }
 }

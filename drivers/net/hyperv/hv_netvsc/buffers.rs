@@ -95,6 +95,17 @@ impl SendBuffer {
         })
     }
 
+    /// Number of sections in use.
+    pub(crate) fn in_use(&self) -> u32 {
+        let used: u32 = self
+            .used
+            .iter()
+            .map(|word| word.load(Relaxed).count_ones())
+            .sum();
+        // What is behind the last section does not count.
+        used - (self.used.len() as u32 * u64::BITS - self.sections)
+    }
+
     /// Takes a free section.
     pub(crate) fn take(&self) -> Option<u32> {
         for (i, word) in self.used.iter().enumerate() {

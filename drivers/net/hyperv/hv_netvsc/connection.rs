@@ -185,6 +185,8 @@ pub(crate) struct Shared {
     pub(crate) num_queues: Atomic<u32>,
     /// Most queues that the host would give.
     pub(crate) max_queues: Atomic<u32>,
+    /// The host does not take what is sent: it is not waited for.
+    pub(crate) stuck: Atomic<bool>,
     /// Queues must not be woken.
     pub(crate) tx_disabled: Atomic<bool>,
     /// Largest TCP packet that the host segments.
@@ -223,6 +225,7 @@ impl Shared {
                 queues: list,
                 num_queues: Atomic::new(1),
                 max_queues: Atomic::new(1),
+                stuck: Atomic::new(false),
                 tx_disabled: Atomic::new(true),
                 gso_max: Atomic::new(0),
                 link_down: Atomic::new(false),
@@ -427,7 +430,9 @@ impl Drop for Connection {
         shared.wants_subchannels.store(false, Relaxed);
         rndis::halt(shared);
         // What is left after the deadline is freed when the channel is closed.
-        let _ = shared.drain(Shared::is_idle);
+        if !shared.stuck.load(Relaxed) {
+            let _ = shared.drain(Shared::is_idle);
+        }
 
         // On the older buses the buffers go before the channel, on the newer ones after it.
         let early = vmbus::protocol_version() < vmbus::Version::V4_0;
@@ -452,8 +457,9 @@ impl Drop for Connection {
         shared.recv.replace(None);
         shared.send.replace(None);
         // The packets that the host did not complete.
-        for queue in &shared.queues {
+        for (index, queue) in shared.queues.iter().enumerate() {
             queue.tx.abandon();
+            shared.dev.reset_queue(index as u16);
         }
         let subchannels = core::mem::take(&mut *shared.subchannels.lock());
         drop(subchannels);

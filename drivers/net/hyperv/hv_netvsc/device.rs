@@ -52,6 +52,11 @@ use net::{
     Xmit, //
 };
 
+use vmbus::{
+    new_spinlock_irq,
+    sync::SpinLockIrq, //
+};
+
 use crate::{
     config,
     config::Config,
@@ -67,10 +72,17 @@ use crate::{
         self,
         Statistics, //
     },
+    status::{
+        self,
+        Files,
+        History, //
+    },
     subchannel,
     tx,
     vf,
     vf::Bond,
+    watchdog,
+    watchdog::Recovery,
     xdp, //
 };
 
@@ -96,6 +108,8 @@ pub(crate) mod work {
     pub(crate) const SUBCHANNELS: u64 = 3;
     /// The packet filter is to be set.
     pub(crate) const RX_MODE: u64 = 4;
+    /// A queue cannot transmit any more.
+    pub(crate) const RECOVER: u64 = 5;
 }
 
 /// How received packets are spread over the channels.
@@ -120,6 +134,8 @@ pub(crate) struct Netvsc {
     subchannel_work: net::DelayedWork<Self, { work::SUBCHANNELS }>,
     #[pin]
     rx_mode_work: net::DelayedWork<Self, { work::RX_MODE }>,
+    #[pin]
+    recover_work: net::DelayedWork<Self, { work::RECOVER }>,
 
     /// The device on the bus.
     pub(crate) hv: ARef<vmbus::Device>,
@@ -137,6 +153,12 @@ pub(crate) struct Netvsc {
     /// The link.
     #[pin]
     pub(crate) link: Link,
+    /// What has happened.
+    #[pin]
+    pub(crate) history: SpinLockIrq<History>,
+    /// What is done about queues that are stuck.
+    #[pin]
+    pub(crate) recovery: SpinLockIrq<Recovery>,
     /// Counters.
     pub(crate) statistics: Statistics,
     /// The XDP program. Changes under the RTNL.
@@ -160,6 +182,7 @@ net::impl_has_delayed_work! {
     Netvsc.namespace_work: work::NAMESPACE,
     Netvsc.subchannel_work: work::SUBCHANNELS,
     Netvsc.rx_mode_work: work::RX_MODE,
+    Netvsc.recover_work: work::RECOVER,
 }
 
 impl Netvsc {
@@ -170,12 +193,15 @@ impl Netvsc {
             namespace_work <- net::DelayedWork::new(),
             subchannel_work <- net::DelayedWork::new(),
             rx_mode_work <- net::DelayedWork::new(),
+            recover_work <- net::DelayedWork::new(),
             hv,
             connection <- new_mutex!(None, "hv_netvsc::connection"),
             suspended <- new_mutex!(None, "hv_netvsc::suspended"),
             shared: RcuSlot::new(),
             bond <- Bond::new(),
             link <- Link::new(),
+            history <- new_spinlock_irq!(History::default(), "hv_netvsc::history"),
+            recovery <- new_spinlock_irq!(Recovery::new(), "hv_netvsc::recovery"),
             statistics: Statistics::new()?,
             program: RcuSlot::new(),
             rss <- new_mutex!(
@@ -288,9 +314,12 @@ fn detach(dev: &Device<Netvsc>, shared: Arc<Shared>, rtnl: &Rtnl) -> Result {
     let subchannels_pending = dev.cancel::<{ work::SUBCHANNELS }>();
     if dev.is_running() {
         disable_tx(dev, Some(&shared));
+        // The watchdog looks at present devices only.
+        dev.set_present(false, rtnl);
         if let Err(e) = close_filter(dev, &shared) {
             // A host that does not answer may still have heard it.
             let _ = open_filter(dev, &shared);
+            dev.set_present(true, rtnl);
             if !shared.link_down.load(Relaxed) {
                 enable_tx(dev, &shared);
             }
@@ -306,8 +335,19 @@ fn detach(dev: &Device<Netvsc>, shared: Arc<Shared>, rtnl: &Rtnl) -> Result {
     Ok(())
 }
 
+/// The same when the host does not take what is sent: nothing is waited for.
+pub(crate) fn detach_stuck(dev: &Device<Netvsc>, shared: Arc<Shared>, rtnl: &Rtnl) {
+    dev.cancel::<{ work::SUBCHANNELS }>();
+    dev.cancel::<{ work::RX_MODE }>();
+    shared.stuck.store(true, Relaxed);
+    disable_tx(dev, Some(&shared));
+    dev.set_present(false, rtnl);
+    drop(shared);
+    dev.data().disconnect();
+}
+
 /// Makes a connection and starts everything again.
-fn attach(dev: &Device<Netvsc>, config: &Config, rtnl: &Rtnl) -> Result {
+pub(crate) fn attach(dev: &Device<Netvsc>, config: &Config, rtnl: &Rtnl) -> Result {
     let data = dev.data();
     let hv = dev
         .parent(rtnl)
@@ -340,6 +380,20 @@ fn attach(dev: &Device<Netvsc>, config: &Config, rtnl: &Rtnl) -> Result {
 /// Makes the connection anew with other settings, and another MTU if one is given. If that fails
 /// the old ones are restored; `what` is how to call them.
 pub(crate) fn reconnect(
+    dev: &Device<Netvsc>,
+    shared: Arc<Shared>,
+    old: &Config,
+    new: &Config,
+    mtu: Option<u32>,
+    what: &'static str,
+    rtnl: &Rtnl,
+) -> Result {
+    status::reconnecting(dev, what, || {
+        reconnect_unnoted(dev, shared, old, new, mtu, what, rtnl)
+    })
+}
+
+fn reconnect_unnoted(
     dev: &Device<Netvsc>,
     shared: Arc<Shared>,
     old: &Config,
@@ -499,10 +553,37 @@ impl Driver for Netvsc {
         dev.data().statistics.sum()
     }
 
+    fn tx_timeout(dev: &Device<Self>, queue: u32) {
+        watchdog::timed_out(dev, queue);
+    }
+
+    fn rx_queue_stats(dev: &Device<Self>, queue: u32) -> net::RxQueueStats {
+        let queues = &dev.data().statistics.queues;
+        queues
+            .get(queue as usize)
+            .map(|q| q.rx())
+            .unwrap_or_default()
+    }
+
+    fn tx_queue_stats(dev: &Device<Self>, queue: u32) -> net::TxQueueStats {
+        let queues = &dev.data().statistics.queues;
+        queues
+            .get(queue as usize)
+            .map(|q| q.tx())
+            .unwrap_or_default()
+    }
+
+    fn base_stats(dev: &Device<Self>) -> (net::RxQueueStats, net::TxQueueStats) {
+        let statistics = &dev.data().statistics;
+        // There are as many receive queues in use as transmit queues.
+        statistics.base(dev.num_tx_queues(), dev.num_tx_queues())
+    }
+
     fn unregistering(dev: &Device<Self>, rtnl: &Rtnl) {
         // None of this work waits for the RTNL.
         dev.cancel::<{ work::LINK }>();
         dev.cancel::<{ work::NAMESPACE }>();
+        dev.cancel::<{ work::RECOVER }>();
         dev.cancel::<{ work::SUBCHANNELS }>();
         vf::release(dev, rtnl);
         dev.cancel::<{ work::RX_MODE }>();
@@ -632,6 +713,12 @@ impl WorkItem<{ work::RX_MODE }> for Netvsc {
     }
 }
 
+impl WorkItem<{ work::RECOVER }> for Netvsc {
+    fn run(dev: &Device<Self>) {
+        watchdog::work(dev);
+    }
+}
+
 impl WorkItem<{ work::LINK }> for Netvsc {
     fn run(dev: &Device<Self>) {
         link::work(dev);
@@ -661,6 +748,8 @@ pub(crate) struct NetvscDriver;
 
 /// What belongs to a device as long as it is bound.
 pub(crate) struct Bound<'bound> {
+    // Goes before the device.
+    _files: Option<Files>,
     registration: Registration<'bound, Netvsc>,
 }
 
@@ -702,6 +791,7 @@ impl vmbus::Driver for NetvscDriver {
 fn suspend(dev: &Device<Netvsc>) -> Result {
     // The host tells of the link again when there is a new connection.
     dev.cancel::<{ work::LINK }>();
+    dev.cancel::<{ work::RECOVER }>();
     let rtnl = rtnl::lock();
     dev.cancel::<{ work::NAMESPACE }>();
     let data = dev.data();
@@ -737,6 +827,7 @@ fn probe<'bound>(hv: &'bound vmbus::Device<Core<'_>>) -> Result<Bound<'bound>> {
     // the work that opens subchannels, which needs the RTNL, must not begin before the probe ends:
     // subchannels are not offered while it goes on.
     let rtnl = rtnl::lock();
+    device.set_watchdog(watchdog::TIMEOUT, &rtnl);
     device.set_needed_headroom(tx::HEADROOM, &rtnl);
     device.set_active_features(Features::LRO, &rtnl);
     let (connection, address) = Connection::new(&device, hv, &Config::default(), &rtnl)
@@ -782,5 +873,9 @@ fn probe<'bound>(hv: &'bound vmbus::Device<Core<'_>>) -> Result<Bound<'bound>> {
     })?;
     vf::adopt_present(&registration, &rtnl);
     drop(rtnl);
-    Ok(Bound { registration })
+    Ok(Bound {
+        // Without them the device works as well.
+        _files: Files::new(&registration).ok(),
+        registration,
+    })
 }

@@ -136,6 +136,8 @@ pub(crate) struct RxPoll {
     message: KVVec<u8>,
     /// Packets that an XDP program sends back.
     sent_back: KVec<SkBuff>,
+    /// What the host has completed of the transmit queue since the poll began.
+    sent: tx::Sent,
 }
 
 impl RxPoll {
@@ -147,6 +149,7 @@ impl RxPoll {
             ppis: [0; PPI_MAX],
             message: KVVec::from_elem(0, MESSAGE_MAX, GFP_KERNEL)?,
             sent_back: KVec::with_capacity(SENT_BACK_MAX, GFP_KERNEL)?,
+            sent: tx::Sent::default(),
         })
     }
 
@@ -208,6 +211,10 @@ impl Poll for RxPoll {
             work += self.process(shared, context, &ring, &packet, &guard);
         }
         drop(reader);
+        let sent = core::mem::take(&mut self.sent);
+        if sent.bytes != 0 {
+            context.completed(sent.packets, sent.bytes);
+        }
         if !self.sent_back.is_empty() {
             xdp::send_back(context.device(), shared.index, &mut self.sent_back, &guard);
         }
@@ -246,7 +253,7 @@ impl RxPoll {
         });
         match packet.kind() {
             PacketKind::Completion => {
-                completed(shared, context, ring, packet, guard);
+                completed(shared, context, ring, packet, &mut self.sent, guard);
                 0
             }
             PacketKind::TransferPages => self.receive(shared, context, packet, guard),
@@ -546,6 +553,7 @@ impl RxPoll {
         let no_memory = |e: &Error| {
             if *e == ENOMEM {
                 statistics.events.rx_no_memory.add(1);
+                stats.rx_no_memory.add(1);
             }
         };
         let outcome = match dev.data().program.borrow(source.guard) {
@@ -671,6 +679,7 @@ fn completed(
     context: &PollContext<'_, Netvsc>,
     ring: &vmbus::Ring<'_>,
     packet: &Packet<'_>,
+    sent: &mut tx::Sent,
     guard: &rcu::Guard,
 ) {
     let dev = context.device();
@@ -706,10 +715,14 @@ fn completed(
     match Transaction::from_id(id) {
         Some(Transaction::Data { queue, slot }) => {
             status();
-            if tx::complete(connection, context, ring, queue, slot, guard).is_err()
-                && net_ratelimit()
-            {
-                netdev_err!(dev, "Invalid transaction ID {:x}\n", id);
+            match tx::complete(connection, context, ring, queue, slot, guard) {
+                // The poll of a queue's own channel alone may say what it has sent.
+                Ok(done) if queue == shared.index => sent.add(done),
+                Ok(_) => {}
+                Err(_) if net_ratelimit() => {
+                    netdev_err!(dev, "Invalid transaction ID {:x}\n", id);
+                }
+                Err(_) => {}
             }
         }
         Some(Transaction::Rndis(_)) => {

@@ -105,8 +105,35 @@ pub(crate) struct QueueStats {
     pub(crate) xdp_tx: Counter,
     /// Frames transmitted that were redirected to the device.
     pub(crate) xdp_xmit: Counter,
+    /// Received packets lost for want of memory.
+    pub(crate) rx_no_memory: Counter,
+    /// How often transmitting was stopped.
+    pub(crate) stop: Counter,
+    /// How often it was started again.
+    pub(crate) wake: Counter,
     /// CPU of the queue's channel.
     pub(crate) cpu: Counter,
+}
+
+impl QueueStats {
+    /// What the receive queue has counted.
+    pub(crate) fn rx(&self) -> net::RxQueueStats {
+        net::RxQueueStats {
+            packets: self.rx_packets.get(),
+            bytes: self.rx_bytes.get(),
+            alloc_fail: self.rx_no_memory.get(),
+        }
+    }
+
+    /// What the transmit queue has counted.
+    pub(crate) fn tx(&self) -> net::TxQueueStats {
+        net::TxQueueStats {
+            packets: self.tx_packets.get(),
+            bytes: self.tx_bytes.get(),
+            stop: self.stop.get(),
+            wake: self.wake.get(),
+        }
+    }
 }
 
 /// Indices of the counters of the VF.
@@ -153,6 +180,37 @@ impl Statistics {
             vf: PerCpuCounters::new()?,
             tx_dropped: Counter::new(),
         })
+    }
+
+    /// What the device has counted beside its first `rx` receive and `tx` transmit queues: the VF's
+    /// packets, and those of queues that are not in use any more.
+    pub(crate) fn base(&self, rx: u32, tx: u32) -> (net::RxQueueStats, net::TxQueueStats) {
+        let vf = self.vf.sum();
+        let mut base_rx = net::RxQueueStats {
+            packets: vf[vf::RX_PACKETS],
+            bytes: vf[vf::RX_BYTES],
+            alloc_fail: 0,
+        };
+        let mut base_tx = net::TxQueueStats {
+            packets: vf[vf::TX_PACKETS],
+            bytes: vf[vf::TX_BYTES],
+            stop: 0,
+            wake: 0,
+        };
+        for queue in self.queues.iter().skip(rx as usize) {
+            let stats = queue.rx();
+            base_rx.packets += stats.packets;
+            base_rx.bytes += stats.bytes;
+            base_rx.alloc_fail += stats.alloc_fail;
+        }
+        for queue in self.queues.iter().skip(tx as usize) {
+            let stats = queue.tx();
+            base_tx.packets += stats.packets;
+            base_tx.bytes += stats.bytes;
+            base_tx.stop += stats.stop;
+            base_tx.wake += stats.wake;
+        }
+        (base_rx, base_tx)
     }
 
     /// The sums for `ip -s link`.

@@ -64,6 +64,7 @@ use crate::{
         Transaction, //
     },
     device::Netvsc,
+    stats::QueueStats, //
 };
 
 /// Room for the headers of a packet.
@@ -93,6 +94,25 @@ struct InFlight {
     packets: u32,
     /// Bytes of their frames.
     bytes: u32,
+    /// Bytes that the queue was told of.
+    limited: u32,
+}
+
+/// What has been sent of a queue that limits the bytes on their way.
+#[derive(Default)]
+pub(crate) struct Sent {
+    /// Number of packets.
+    pub(crate) packets: u32,
+    /// Bytes that the queue was told of.
+    pub(crate) bytes: u32,
+}
+
+impl Sent {
+    /// Adds what else has been sent.
+    pub(crate) fn add(&mut self, more: Self) {
+        self.packets = self.packets.wrapping_add(more.packets);
+        self.bytes = self.bytes.wrapping_add(more.bytes);
+    }
 }
 
 /// What is in flight.
@@ -198,13 +218,31 @@ struct Sender<'a> {
 }
 
 impl Sender<'_> {
+    /// The queue's counters.
+    fn stats(&self) -> Option<&QueueStats> {
+        self.dev
+            .data()
+            .statistics
+            .queues
+            .get(usize::from(self.index))
+    }
+
+    /// Stops the queue, as there is not much room in the ring.
+    fn stop(&self, queue: &mut TxQueue<'_>) {
+        queue.stop();
+        self.dev.data().statistics.events.stop_queue.add(1);
+        if let Some(stats) = self.stats() {
+            stats.stop.add(1);
+        }
+    }
+
     /// Sends a message whose data is in a section, in ranges, or both.
     ///
     /// The caller gets the message back if it was not sent.
     fn send(
         &self,
         queue: &mut TxQueue<'_>,
-        message: InFlight,
+        mut message: InFlight,
         section_len: u32,
         ranges: Option<&mut GpaRanges>,
     ) -> Result<(), (Failure, InFlight)> {
@@ -235,7 +273,16 @@ impl Sender<'_> {
             }
         });
 
-        // It has to be in the table first, since the completion can come at once.
+        // Only the poll of a channel of its own can tell the queue what is out. The queue has to
+        // know first, since the completion can come at once.
+        let own = self.shared.queues.get(usize::from(self.index));
+        let bytes = message.bytes;
+        let limited = own.is_some_and(|own| own.channel().is_some());
+        message.limited = if limited { bytes } else { 0 };
+        if limited {
+            queue.sent(bytes);
+        }
+        // It has to be in the table first, too.
         let inserted = self.state.table.lock().insert(message);
         let sent = match inserted {
             Ok(slot) => {
@@ -263,17 +310,14 @@ impl Sender<'_> {
             }
             Err(message) => Err((EAGAIN, message)),
         };
+        if limited && sent.is_err() {
+            queue.not_sent(bytes);
+        }
 
         match &sent {
-            Ok(()) if space < LOW_WATER => {
-                queue.stop();
-                events.stop_queue.add(1);
-            }
+            Ok(()) if space < LOW_WATER => self.stop(queue),
             Ok(()) => {}
-            Err((e, _)) if *e == EAGAIN => {
-                queue.stop();
-                events.stop_queue.add(1);
-            }
+            Err((e, _)) if *e == EAGAIN => self.stop(queue),
             Err((e, message)) => {
                 if net_ratelimit() {
                     netdev_err!(
@@ -293,6 +337,9 @@ impl Sender<'_> {
         {
             queue.wake();
             events.wake_queue.add(1);
+            if let Some(stats) = self.stats() {
+                stats.wake.add(1);
+            }
             full = false;
         }
         sent.map_err(|(e, message)| {
@@ -622,6 +669,7 @@ fn transmit_prepared(
         section,
         packets: packets + 1,
         bytes: bytes + headers.frame_len,
+        limited: 0,
         skb,
     };
     if more {
@@ -698,7 +746,7 @@ pub(crate) fn complete(
     queue: u16,
     slot: u32,
     guard: &rcu::Guard,
-) -> Result {
+) -> Result<Sent> {
     let dev = context.device();
     let statistics = &dev.data().statistics;
     let state = &shared.queues.get(usize::from(queue)).ok_or(ENOENT)?.tx;
@@ -713,6 +761,10 @@ pub(crate) fn complete(
         stats.tx_packets.add(message.packets.into());
         stats.tx_bytes.add(message.bytes.into());
     }
+    let sent = Sent {
+        packets: message.packets,
+        bytes: message.limited,
+    };
     context.consume(message.skb);
     let left = state.in_flight.fetch_sub(1, Relaxed) - 1;
 
@@ -722,6 +774,9 @@ pub(crate) fn complete(
     {
         dev.wake_queue(queue);
         statistics.events.wake_queue.add(1);
+        if let Some(stats) = statistics.queues.get(usize::from(queue)) {
+            stats.wake.add(1);
+        }
     }
-    Ok(())
+    Ok(sent)
 }

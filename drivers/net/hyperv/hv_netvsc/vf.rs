@@ -54,6 +54,7 @@ use crate::{
         DEVICES, //
     },
     nvsp,
+    status,
     tx,
     xdp, //
 };
@@ -90,6 +91,15 @@ impl Bond {
             associated <- Completion::new(),
             data_path_is_vf: Atomic::new(false),
         })
+    }
+}
+
+impl Bond {
+    /// Serial number of the VF that the host has associated with the device.
+    pub(crate) fn association(&self) -> Option<u32> {
+        self.allocated
+            .load(Relaxed)
+            .then(|| self.serial.load(Relaxed))
     }
 }
 
@@ -260,8 +270,12 @@ pub(crate) fn adopt_present(dev: &Device<Netvsc>, rtnl: &Rtnl) {
     }
 }
 
-/// Switches the data path.
-fn switch(dev: &Device<Netvsc>, to_vf: bool) -> Result {
+/// Switches the data path, for the given cause.
+fn switch(dev: &Device<Netvsc>, to_vf: bool, cause: &'static str) -> Result {
+    status::switching(dev, to_vf, cause, || switch_unnoted(dev, to_vf))
+}
+
+fn switch_unnoted(dev: &Device<Netvsc>, to_vf: bool) -> Result {
     let data = dev.data();
     let shared = data.connected()?;
     if to_vf {
@@ -279,7 +293,7 @@ fn switch(dev: &Device<Netvsc>, to_vf: bool) -> Result {
 pub(crate) fn restore_data_path(dev: &Device<Netvsc>) {
     let bond = &dev.data().bond;
     if bond.data_path_is_vf.load(Relaxed) {
-        if let Err(e) = switch(dev, true) {
+        if let Err(e) = switch(dev, true, "new connection") {
             // The next event of the VF is another chance.
             bond.data_path_is_vf.store(false, Relaxed);
             netdev_err!(
@@ -311,7 +325,13 @@ fn changed(vf: &NetDevice, event: Event, rtnl: &Rtnl) -> Reaction {
         Ok(())
     };
     let direction = if is_up { "to" } else { "from" };
-    match wait.and_then(|()| switch(&dev, is_up)) {
+    let cause = match event {
+        Event::GoingDown => "VF going down",
+        Event::Down => "VF down",
+        Event::Up => "VF up",
+        _ => "VF changed",
+    };
+    match wait.and_then(|()| switch(&dev, is_up, cause)) {
         Ok(()) => {
             netdev_info!(dev, "Data path switched {} VF: {}\n", direction, vf.name());
             // As large packets as the device in use can take.
@@ -358,7 +378,7 @@ pub(crate) fn release(dev: &Device<Netvsc>, rtnl: &Rtnl) {
     // A device that is unregistered goes down first. When this device goes instead, the VF is still
     // up, and the host is to be told.
     if bond.data_path_is_vf.load(Relaxed) {
-        match switch(dev, false) {
+        match switch(dev, false, "VF leaves") {
             // A device that was taken back has no data path.
             Err(e) if e != ENODEV => netdev_err!(
                 dev,
