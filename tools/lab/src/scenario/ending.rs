@@ -9,13 +9,13 @@ use regex::Regex;
 use super::guest::Guest;
 use super::{ensure, eventually, Context, Drivers, Result};
 
-/// What the kernel prints when something is badly wrong.
+/// What the kernel prints when something is badly wrong. A stuck transmit queue is among the errors.
 const ALARMS: &str = "WARNING:|BUG:|BUG |Oops|Call Trace|soft lockup|hard LOCKUP|blocked for more than|rcu.*stall|\
 general protection|Unable to handle|UBSAN|KASAN|refcount_t|list_(add|del) corruption|unregister_netdevice: waiting|\
-scheduling while atomic|Bad page|double free|NETDEV WATCHDOG|kernel panic";
+scheduling while atomic|Bad page|double free|kernel panic";
 
 /// Errors (not warnings) of anything that takes part.
-const PARTS: &str = "hv_|hyperv|Hyper-V|mana|eth[0-9]|enP|vmbus|pci";
+const PARTS: &str = "NETDEV WATCHDOG|hv_|hyperv|Hyper-V|mana|eth[0-9]|enP|vmbus|pci";
 
 /// TAINT_OOT_MODULE and TAINT_UNSIGNED_MODULE.
 const OWN_MODULES: u64 = (1 << 12) | (1 << 13);
