@@ -119,9 +119,11 @@ pub(crate) fn work(dev: &Device<Netvsc>) {
     }
     let lost = recovery.lost.clone();
     let queue = recovery.queue;
+    drop(recovery);
     if lost.is_none() && !is_stuck(dev, queue as u16) {
         return;
     }
+    let mut recovery = dev.data().recovery.lock();
     match recovery.wait() {
         Some(0) => {}
         Some(millis) => {
