@@ -57,11 +57,10 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
             },
         );
         context.check("also with one queue, and two again", || {
-            for count in [1, 2] {
-                guest.sh(&format!("ethtool -L eth0 combined {count}"))?;
-                queue_stats(&link, count)?;
-            }
-            Ok(())
+            guest.sh("ethtool -L eth0 combined 1")?;
+            let one = queue_stats(&link, 1);
+            guest.sh("ethtool -L eth0 combined 2")?;
+            one.and_then(|_| queue_stats(&link, 2)).map(drop)
         });
     } else {
         context.note(
@@ -255,34 +254,33 @@ fn number(object: &Object, name: &str) -> Result<u64> {
 
 /// Every queue must be served by a NAPI instance of its own that the device has.
 fn napis(guest: &Guest) -> Result<()> {
-    for change in [
-        "true",
-        "ethtool -L eth0 combined 1",
-        "ethtool -L eth0 combined 2",
-        "ip link set eth0 mtu 1400",
-        "ethtool -G eth0 rx 2000",
-        "ip link set eth0 down && ip link set eth0 up",
-        "ip link set eth0 mtu 1500",
+    for (change, channels) in [
+        ("true", 2),
+        ("ethtool -L eth0 combined 1", 1),
+        ("ethtool -L eth0 combined 2", 2),
+        ("ip link set eth0 mtu 1400", 2),
+        ("ethtool -G eth0 rx 2000", 2),
+        ("ip link set eth0 down && ip link set eth0 up", 2),
+        ("ip link set eth0 mtu 1500", 2),
     ] {
         guest.sh(change)?;
         let queues = netdev(guest, "queues")?;
         let napis = netdev(guest, "napis")?;
         let text = || format!("after {change}: queues {queues:?}, NAPI instances {napis:?}");
-        let ids: BTreeSet<_> = napis.iter().map(|napi| napi.get("id")).collect();
+        let ids: BTreeSet<_> = napis.iter().filter_map(|napi| napi.get("id")).collect();
         for kind in [RX, TX] {
-            let mut of_kind = Vec::new();
+            let mut count = 0;
+            let mut served = BTreeSet::new();
             for queue in &queues {
                 if number(queue, "type")? == kind {
-                    of_kind.push(queue.get("napi-id"));
+                    count += 1;
+                    served.extend(queue.get("napi-id"));
                 }
             }
-            let open: usize = guest
-                .sh("ls -d /sys/class/net/eth0/queues/rx-* | wc -l")?
-                .trim()
-                .parse()?;
-            let served: BTreeSet<_> = of_kind.iter().copied().collect();
+            // With one channel the stock driver keeps the other queue, which nothing serves.
+            let fits = count == channels || guest.drivers() == Drivers::C && count > channels;
             ensure(
-                of_kind.len() == open && served.len() == open && served.is_subset(&ids),
+                fits && served.len() == channels && served.is_subset(&ids),
                 text,
             )?;
         }
@@ -325,7 +323,9 @@ fn queue_stats(link: &Link<'_>, count: usize) -> Result<Vec<u64>> {
         let sending = queues.iter().filter(|q| q.get("queue-type") == Some(&TX));
         sending.map(|queue| number(queue, "tx-packets")).collect()
     };
-    let (start, first) = (sent(guest)?, link_stats(guest)?);
+    // The interface's counters are read first here and last below, so that they miss no packet.
+    let first = link_stats(guest)?;
+    let start = sent(guest)?;
     for way in ["", "-R"] {
         guest.sh(&format!(
             "iperf3 -t 2 -i 0 -P 8 {way} -c {}",
