@@ -322,6 +322,18 @@ impl NetDevice {
         }
     }
 
+    /// Tells user space by a uevent that the device has changed.
+    pub fn announce_change(&self, _rtnl: &Rtnl) {
+        // SAFETY: The device is valid. For one that is not registered nothing is sent.
+        // Nobody is told if there is no memory: an event is never certain.
+        unsafe {
+            bindings::kobject_uevent(
+                &raw mut (*self.as_raw()).dev.kobj,
+                bindings::kobject_action_KOBJ_CHANGE,
+            )
+        };
+    }
+
     /// Brings the device up. May call notifiers.
     pub fn bring_up(&self, _rtnl: &Rtnl) -> Result {
         // SAFETY: The device is valid and the RTNL is held.

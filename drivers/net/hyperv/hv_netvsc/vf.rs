@@ -70,6 +70,9 @@ pub(crate) struct Bond {
     /// What makes it a slave.
     #[pin]
     joined: Mutex<Option<Joined<Netvsc>>>,
+    /// A VF that was registered in another namespace, until it has been fetched.
+    #[pin]
+    elsewhere: Mutex<Option<ARef<NetDevice>>>,
     /// The host has associated a VF with the device.
     allocated: Atomic<bool>,
     /// Serial number of that VF.
@@ -86,6 +89,7 @@ impl Bond {
         pin_init!(Self {
             vf: RcuSlot::new(),
             joined <- new_mutex!(None, "hv_netvsc::joined"),
+            elsewhere <- new_mutex!(None, "hv_netvsc::elsewhere"),
             allocated: Atomic::new(false),
             serial: Atomic::new(0),
             associated <- Completion::new(),
@@ -179,16 +183,9 @@ fn register(vf: &NetDevice, rtnl: &Rtnl) -> Option<DeviceRef<Netvsc>> {
         return None;
     }
     if !dev.same_namespace(vf, rtnl) {
-        // It will be registered there, and join then.
-        match vf.move_to_namespace_of(&dev, rtnl) {
-            Ok(()) => netdev_info!(vf, "VF moved to namespace with: {}\n", dev.name()),
-            Err(e) => netdev_err!(
-                vf,
-                "could not move to same namespace as {}: {}\n",
-                dev.name(),
-                e.to_errno()
-            ),
-        }
+        // Moving it takes its lock, which whoever registers it may hold.
+        *data.bond.elsewhere.lock() = Some(vf.into());
+        dev.schedule::<{ work::NAMESPACE }>(Delta::ZERO);
         return None;
     }
     netdev_info!(dev, "VF registering: {}\n", vf.name());
@@ -232,12 +229,37 @@ pub(crate) fn takeover_work(dev: &Device<Netvsc>) {
     }
 }
 
+/// Fetches a VF that was registered in another namespace.
+fn fetch(dev: &Device<Netvsc>, vf: &NetDevice, rtnl: &Rtnl) {
+    // The device may have been moved there in the meantime.
+    if dev.same_namespace(vf, rtnl) {
+        if vf.with_ops_lock(rtnl, || register(vf, rtnl)).is_some() {
+            dev.schedule::<{ work::TAKEOVER }>(TAKEOVER_DELAY);
+        }
+        return;
+    }
+    // It will be registered here, and join then.
+    match vf.move_to_namespace_of(dev, rtnl) {
+        Ok(()) => netdev_info!(vf, "VF moved to namespace with: {}\n", dev.name()),
+        Err(e) => netdev_err!(
+            vf,
+            "could not move to same namespace as {}: {}\n",
+            dev.name(),
+            e.to_errno()
+        ),
+    }
+}
+
 /// Has the VF follow the device into its namespace.
 pub(crate) fn namespace_work(dev: &Device<Netvsc>) {
     let Some(rtnl) = rtnl::try_lock() else {
         dev.schedule::<{ work::NAMESPACE }>(Delta::from_millis(10));
         return;
     };
+    let elsewhere = dev.data().bond.elsewhere.lock().take();
+    if let Some(vf) = elsewhere {
+        fetch(dev, &vf, &rtnl);
+    }
     let Some(vf) = dev.data().bond.vf.get() else {
         return;
     };
@@ -266,6 +288,8 @@ pub(crate) fn adopt_present(dev: &Device<Netvsc>, rtnl: &Rtnl) {
     };
     vf.mark_slave(rtnl);
     if vf.with_ops_lock(rtnl, || register(&vf, rtnl)).is_some() {
+        // User space saw it without the mark, and may have plans for it.
+        vf.announce_change(rtnl);
         take_over(dev, &vf, rtnl);
     }
 }
@@ -358,6 +382,11 @@ fn changed(vf: &NetDevice, event: Event, rtnl: &Rtnl) -> Reaction {
 
 /// A device goes: if it is a VF of ours it leaves.
 fn unregister(vf: &NetDevice, rtnl: &Rtnl) -> Reaction {
+    // One that was still to be fetched must not be kept.
+    DEVICES.find(rtnl, |dev| {
+        let mut elsewhere = dev.data().bond.elsewhere.lock();
+        elsewhere.take_if(|waiting| waiting.is(vf)).is_some()
+    });
     match vf.master(rtnl).and_then(|master| find(master, rtnl)) {
         Some(dev) => {
             release(&dev, rtnl);
@@ -370,6 +399,7 @@ fn unregister(vf: &NetDevice, rtnl: &Rtnl) -> Reaction {
 /// Lets the VF go, if there is one.
 pub(crate) fn release(dev: &Device<Netvsc>, rtnl: &Rtnl) {
     let bond = &dev.data().bond;
+    *bond.elsewhere.lock() = None;
     let Some(vf) = bond.vf.get() else {
         return;
     };
