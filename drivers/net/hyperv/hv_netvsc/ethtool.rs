@@ -252,8 +252,12 @@ impl Ethtool for Netvsc {
         if !changed {
             return Ok(());
         }
-        // What the host refuses is not kept.
-        subchannel::set_rss(dev, &shared, &table, &key)?;
+        // What the host refuses is not kept. It may have switched off what there was.
+        subchannel::set_rss(dev, &shared, &table, &key).inspect_err(|e| {
+            if *e == EINVAL {
+                let _ = subchannel::set_rss(dev, &shared, &rss.table, &rss.key);
+            }
+        })?;
         rss.table = table;
         rss.key = key;
         Ok(())
