@@ -17,6 +17,7 @@ release=${HYPERV_RUST_KERNEL:-$(uname -r)}
 # A VF, or on some machines the disk, is needed before the root file system is there,
 # and the C hv_netvsc is in the initramfs anyway: without ours there, it would be first.
 initramfs_conf=$base/usr/share/initramfs-tools/modules.d/hyperv-rust
+modprobe_conf=$base/etc/modprobe.d/hyperv-rust.conf
 
 update_lists() {
 	depmod ${base:+-b "$base"} "$1"
@@ -34,7 +35,7 @@ need_permission() {
 uninstall() {
 	local dir module found=no here
 	need_permission removing uninstall
-	rm -f "$initramfs_conf"
+	rm -f "$initramfs_conf" "$modprobe_conf"
 	for dir in "$base"/lib/modules/*; do
 		here=no
 		for module in "${modules[@]}"; do
@@ -79,6 +80,7 @@ for module in "${modules[@]}"; do
 	install -m 644 "$1/$module" "$folder/updates/$module"
 	say "installed $folder/updates/$module"
 done
+install -D -m 644 "$(dirname "$0")/modprobe.conf" "$modprobe_conf"
 if [ -d "$(dirname "$initramfs_conf")" ]; then
 	printf '%s\n' hv_netvsc hv_pci >"$initramfs_conf"
 fi
