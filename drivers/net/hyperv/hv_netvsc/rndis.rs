@@ -66,8 +66,8 @@ const MAX_TRANSFER: u32 = 0x4000;
 struct Requests {
     page: RequestPage,
     last_id: u32,
-    /// The packet filter that is set.
-    filter: PacketFilter,
+    /// The packet filter that is set; unknown while the host has not answered.
+    filter: Option<PacketFilter>,
 }
 
 /// An answer, or a place for one.
@@ -107,7 +107,7 @@ impl Rndis {
                 Requests {
                     page: RequestPage::new()?,
                     last_id: 0,
-                    filter: PacketFilter(0),
+                    filter: Some(PacketFilter(0)),
                 },
                 "hv_netvsc::rndis"
             ),
@@ -370,16 +370,17 @@ pub(crate) fn set(shared: &Shared, oid: Oid, info: &[u8]) -> Result<u32> {
 /// Sets which packets are to be received, unless that is set already.
 pub(crate) fn set_packet_filter(shared: &Shared, filter: PacketFilter) -> Result {
     let mut requests = shared.rndis.requests.lock();
-    if requests.filter == filter {
+    if requests.filter == Some(filter) {
         return Ok(());
     }
+    requests.filter = None;
     set_locked(
         shared,
         &mut requests,
         Oid::GEN_CURRENT_PACKET_FILTER,
         &filter.0.to_le_bytes(),
     )?;
-    requests.filter = filter;
+    requests.filter = Some(filter);
     Ok(())
 }
 
