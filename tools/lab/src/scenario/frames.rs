@@ -774,7 +774,7 @@ fn not_taken(link: &Link<'_>) -> Result<()> {
     let busy = stopped.and_then(|()| {
         guest
             .host
-            .send(nic, Kind::Rndis, &[packet], 3000)
+            .send(nic, Kind::Rndis, &[packet], 9000)
             .or_else(|error| match error.to_string().contains("no room") {
                 true => Ok(()),
                 false => Err(error),
@@ -827,7 +827,13 @@ fn counters(link: &Link<'_>, vf: bool) -> Result<()> {
         let text = guest.sh("cat /sys/class/net/eth0/statistics/multicast")?;
         Ok(text.trim().parse()?)
     };
-    let (before, groups) = (both()?, multicast()?);
+    // Nothing is on its way when it begins.
+    let mut before = both()?;
+    eventually(Duration::from_secs(10), "no traffic", || {
+        let earlier = std::mem::replace(&mut before, both()?);
+        Ok(earlier == before)
+    })?;
+    let groups = multicast()?;
     let start = Instant::now();
     guest.sh(&format!(
         "ping -q -c 100 -i 0.01 -s 1000 -W 5 {}",

@@ -133,55 +133,64 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         recorder.phase(&all, "remove", "rmmod hv_netvsc", LONG_QUIET)?;
         recorder.phase(&all, "probe", "modprobe hv_netvsc", LONG_QUIET)
     });
-    for (index, nic) in nics.iter().enumerate() {
-        let version = VERSIONS[index];
-        let this = [index];
-        context.check(&format!("NVSP {version}: open, change, close"), || {
-            let mut step = |name: &str, command: &str, quiet| {
-                recorder.phase(&this, name, &command.replace("IF", &nic.name()), quiet)
-            };
-            step("MTU while closed", "ip link set IF mtu 1450", QUIET)?;
-            step("MTU while closed, back", "ip link set IF mtu 1500", QUIET)?;
-            step("open", "ip link set IF up", LONG_QUIET)?;
-            for (name, command) in STEPS {
-                step(name, command, QUIET)?;
-            }
-            let old = format!("ip link set IF address {}", nic.mac());
-            step("old address", &old, QUIET)?;
-            step("close", "ip link set IF down", QUIET)?;
-            step("open again", "ip link set IF up", LONG_QUIET)
-        });
-        if WITH_PACKETS.contains(&version) {
-            context.check(&format!("NVSP {version}: packets of each kind"), || {
-                recorder.packets(index, nic)
-            });
+    context.check("open, change, close", || {
+        let mut step = |name: &str, command: &str, quiet| {
+            let command = |nic: &Nic| command.replace("IF", &nic.name());
+            recorder.phases(&all, name, command, quiet)
+        };
+        step("MTU while closed", "ip link set IF mtu 1450", QUIET)?;
+        step("MTU while closed, back", "ip link set IF mtu 1500", QUIET)?;
+        step("open", "ip link set IF up", LONG_QUIET)?;
+        for (name, command) in STEPS {
+            step(name, command, QUIET)?;
         }
-        context.check(&format!("NVSP {version}: link down and up"), || {
-            recorder.action(&this, "link down", LONG_QUIET, || {
-                guest.host.nic_link(nic, false)
-            })?;
-            recorder.action(&this, "link up", LONG_QUIET, || {
-                guest.host.nic_link(nic, true)
-            })
-        });
-        if WITH_VF.contains(&version) {
-            context.check(&format!("NVSP {version}: a VF joins and leaves"), || {
-                recorder.action(&this, "VF: joins", LONG_QUIET, || {
-                    guest.host.add_vf(nic)?;
-                    bonded(&guest, nic)
-                })?;
-                for (name, command) in VF_STEPS {
-                    let command = command
-                        .replace("IF", &nic.name())
-                        .replace("VF", &nic.vf_name());
-                    recorder.phase(&this, name, &command, LONG_QUIET)?;
-                }
-                recorder.action(&this, "VF: leaves", LONG_QUIET, || {
-                    guest.host.remove_vf(nic)
-                })
+        let old = |nic: &Nic| format!("ip link set {} address {}", nic.name(), nic.mac());
+        recorder.phases(&all, "old address", old, QUIET)?;
+        let close = |nic: &Nic| format!("ip link set {} down", nic.name());
+        recorder.phases(&all, "close", close, QUIET)?;
+        let open = |nic: &Nic| format!("ip link set {} up", nic.name());
+        recorder.phases(&all, "open again", open, LONG_QUIET)
+    });
+    for (index, version) in VERSIONS.iter().enumerate() {
+        if WITH_PACKETS.contains(version) {
+            context.check(&format!("NVSP {version}: packets of each kind"), || {
+                recorder.packets(index, &nics[index])
             });
         }
     }
+    context.check("link down and up", || {
+        for (name, up) in [("link down", false), ("link up", true)] {
+            recorder.action(&all, name, LONG_QUIET, || {
+                nics.iter().try_for_each(|nic| guest.host.nic_link(nic, up))
+            })?;
+        }
+        Ok(())
+    });
+    context.check("VFs join and leave", || {
+        let with_vf = all.iter().copied();
+        let with_vf: Vec<_> = with_vf
+            .filter(|&index| WITH_VF.contains(&VERSIONS[index]))
+            .collect();
+        recorder.action(&with_vf, "VF: joins", LONG_QUIET, || {
+            for &index in &with_vf {
+                guest.host.add_vf(&nics[index])?;
+                bonded(&guest, &nics[index])?;
+            }
+            Ok(())
+        })?;
+        for (name, command) in VF_STEPS {
+            let command = |nic: &Nic| {
+                let command = command.replace("IF", &nic.name());
+                command.replace("VF", &nic.vf_name())
+            };
+            recorder.phases(&with_vf, name, command, LONG_QUIET)?;
+        }
+        recorder.action(&with_vf, "VF: leaves", LONG_QUIET, || {
+            with_vf
+                .iter()
+                .try_for_each(|&index| guest.host.remove_vf(&nics[index]))
+        })
+    });
     context.check("the open interfaces are removed", || {
         recorder.phase(&all, "remove while open", "rmmod hv_netvsc", LONG_QUIET)
     });
@@ -238,6 +247,26 @@ impl<'a> Recorder<'a> {
         self.settle(quiet)?;
         for &nic in nics {
             self.traces[nic].end(name, Some(exit.code));
+        }
+        Ok(())
+    }
+
+    /// The same with a command for each NIC.
+    fn phases(
+        &mut self,
+        nics: &[usize],
+        name: &str,
+        command: impl Fn(&Nic) -> String,
+        quiet: Duration,
+    ) -> Result<()> {
+        let mut codes = Vec::new();
+        for &nic in nics {
+            let command = command(&self.guest.nics[nic]);
+            codes.push(self.guest.exit(&command, COMMAND * 2)?.code);
+        }
+        self.settle(quiet)?;
+        for (&nic, code) in nics.iter().zip(codes) {
+            self.traces[nic].end(name, Some(code));
         }
         Ok(())
     }

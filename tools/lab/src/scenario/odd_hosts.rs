@@ -700,6 +700,8 @@ fn ring_size(guest: &Guest, nics: &[Nic]) -> Result<()> {
     let since = guest.host.log_end()?;
     again(guest, &nics[0])?;
     let usual = pages(&guest.host.log_since(since)?)?;
+    // With all NICs coming at once its VF would join the first one of its address.
+    guest.host.remove_vf(&nics[3])?;
     guest.sh_within("rmmod hv_netvsc", Duration::from_secs(60))?;
     let since = guest.host.log_end()?;
     guest.sh("modprobe hv_netvsc ring_size=8")?;
