@@ -61,7 +61,6 @@ mod xdp;
 module! {
     type: HvNetvsc,
     name: "hv_netvsc",
-    authors: ["hv_netvsc authors"],
     description: "Microsoft Hyper-V network driver",
     license: "GPL",
 }

@@ -11,10 +11,16 @@ use kernel::{
         Relaxed, //
     }, //
 };
+use net::{
+    netdev_err,
+    Device, //
+};
 use vmbus::{
     Gpadl,
     SharedBytes, //
 };
+
+use crate::device::Netvsc;
 
 /// The buffer into which the host puts received packets. The host manages its sections.
 pub(crate) struct RecvBuffer {
@@ -27,18 +33,22 @@ pub(crate) struct RecvBuffer {
 
 impl RecvBuffer {
     /// Checks what the host made of the buffer.
-    pub(crate) fn new(gpadl: Gpadl, answer: &nvsp::SendReceiveBufferComplete) -> Result<Self> {
+    pub(crate) fn new(
+        dev: &Device<Netvsc>,
+        gpadl: Gpadl,
+        answer: &nvsp::SendReceiveBufferComplete,
+    ) -> Result<Self> {
         let section = &answer.section;
         // The whole buffer is to be one array of sections.
-        if answer.num_sections.get() != 1 || section.offset.get() != 0 {
-            return Err(EINVAL);
-        }
         let section_size = section.suballocation_size.get();
         let sections = section.num_suballocations.get();
+        if answer.num_sections.get() != 1 || section.offset.get() != 0 || sections == 0 {
+            return Err(EINVAL);
+        }
         if section_size < nvsp::MIN_SECTION_SIZE
-            || sections == 0
             || u64::from(section_size) * u64::from(sections) > gpadl.size() as u64
         {
+            netdev_err!(dev, "invalid recv_section_size {}\n", section_size);
             return Err(EINVAL);
         }
         Ok(Self {

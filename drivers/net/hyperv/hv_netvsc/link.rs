@@ -22,6 +22,8 @@ use kernel::{
     }, //
 };
 use net::{
+    net_ratelimit,
+    netdev_err,
     rtnl,
     Device,
     Rtnl, //
@@ -130,8 +132,12 @@ pub(crate) fn indicated(dev: &Device<Netvsc>, indication: &Indication<'_>) {
     let link = &dev.data().link;
     let change = match indication.status {
         Status::LINK_SPEED_CHANGE => {
-            if let Some(speed) = indication.buffer.first_chunk() {
-                link.set_speed(u32::from_le_bytes(*speed));
+            match indication.buffer.first_chunk() {
+                Some(speed) => link.set_speed(u32::from_le_bytes(*speed)),
+                None if net_ratelimit() => {
+                    netdev_err!(dev, "invalid rndis_indicate_status packet\n");
+                }
+                None => {}
             }
             return;
         }

@@ -275,12 +275,7 @@ pub(crate) fn share_recv_buffer(
         );
         return Err(EINVAL);
     }
-    RecvBuffer::new(gpadl, &answer).inspect_err(|_| {
-        netdev_err!(
-            shared.dev,
-            "invalid recv_section_size {}\n",
-            answer.section.suballocation_size.get()
-        );
+    RecvBuffer::new(&shared.dev, gpadl, &answer).inspect_err(|_| {
         // The host has accepted the buffer.
         let _ = revoke_recv_buffer(shared);
     })
