@@ -232,6 +232,11 @@ const SCENARIOS: &[Scenario] = &[
         run: odd_hosts::run,
     },
     Scenario {
+        name: messages::NAME,
+        title: "all that hv_netvsc says to the host, message by message",
+        run: messages::run,
+    },
+    Scenario {
         name: "selftests",
         title: "the kernel's own tests of network drivers (only when named)",
         run: selftests::run,
@@ -241,24 +246,14 @@ const SCENARIOS: &[Scenario] = &[
         title: "the same, every case",
         run: selftests::run_all,
     },
-    Scenario {
-        name: messages::NAME,
-        title: "all that hv_netvsc says to the host, message by message",
-        run: messages::run,
-    },
 ];
 
 /// Run only when they are named.
-const ON_DEMAND: &[&str] = &[
-    "frames",
-    "odd-hosts",
-    "selftests",
-    "selftests-all",
-    messages::NAME,
-];
+const ON_DEMAND: &[&str] = &["selftests", "selftests-all"];
 
 /// The scenarios whose texts are compared between the driver sets, with the differences that stay.
-const COMPARED: &[(&str, &[compare::Kept])] = &[(messages::NAME, messages::KEPT)];
+const COMPARED: &[(&str, &[compare::Kept])] =
+    &[(messages::NAME, messages::KEPT), (texts::NAME, texts::KEPT)];
 
 /// What is compared between the driver sets: whether ours, and `scenario.name`, to the value.
 type Measurements = BTreeMap<(bool, String), u64>;
