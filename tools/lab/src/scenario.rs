@@ -20,6 +20,7 @@ mod guest;
 mod host;
 pub mod level1;
 mod messages;
+mod namespaces;
 mod no_driver;
 mod observe;
 mod odd_hosts;
@@ -235,6 +236,11 @@ const SCENARIOS: &[Scenario] = &[
         name: messages::NAME,
         title: "all that hv_netvsc says to the host, message by message",
         run: messages::run,
+    },
+    Scenario {
+        name: "namespaces",
+        title: "the VF follows its NIC into network namespaces, and what user space hears of it",
+        run: namespaces::run,
     },
     Scenario {
         name: "selftests",
