@@ -27,6 +27,7 @@ mod odd_hosts;
 mod one_nic;
 #[cfg(test)]
 mod parity;
+mod reconfigure;
 mod reload;
 mod selftests;
 mod servicing;
@@ -241,6 +242,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "namespaces",
         title: "the VF follows its NIC into network namespaces, and what user space hears of it",
         run: namespaces::run,
+    },
+    Scenario {
+        name: "reconfigure",
+        title: "changes under traffic, and a host that refuses them",
+        run: reconfigure::run,
     },
     Scenario {
         name: "selftests",
