@@ -33,6 +33,7 @@ mod selftests;
 mod servicing;
 mod suspend;
 mod tap;
+mod texts;
 mod traffic;
 mod versions;
 mod vf;
@@ -247,6 +248,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "reconfigure",
         title: "changes under traffic, and a host that refuses them",
         run: reconfigure::run,
+    },
+    Scenario {
+        name: texts::NAME,
+        title: "what there is to read: ethtool, ip, sysfs, modinfo and the kernel's log",
+        run: texts::run,
     },
     Scenario {
         name: "selftests",

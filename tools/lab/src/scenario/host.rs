@@ -134,11 +134,24 @@ impl Host {
 
     /// Sends messages to the driver of the synthetic NIC as they are.
     pub fn send(&self, nic: &Nic, kind: Kind, messages: &[Vec<u8>], times: u32) -> Result<()> {
+        let messages = messages.iter().map(|bytes| hex(bytes)).collect();
+        self.send_hex(nic, kind, u64::MAX, messages, times)
+    }
+
+    /// The same in hex, and with a transaction id.
+    pub fn send_hex(
+        &self,
+        nic: &Nic,
+        kind: Kind,
+        transaction: u64,
+        messages: Vec<String>,
+        times: u32,
+    ) -> Result<()> {
         self.request(&Request::Send {
             nic: self.number(nic)?,
             kind,
-            transaction: u64::MAX,
-            messages: messages.iter().map(|bytes| hex(bytes)).collect(),
+            transaction,
+            messages,
             times,
         })
         .map(drop)
@@ -181,6 +194,12 @@ impl Host {
         let nic = self.number(nic)?;
         self.request(&Request::Fault { nic, fault, times })
             .map(drop)
+    }
+
+    /// Says that the NIC has a VF, or none, whatever there is.
+    pub fn set_association(&self, nic: &Nic, on: bool) -> Result<()> {
+        let nic = self.number(nic)?;
+        self.request(&Request::SetAssociation { nic, on }).map(drop)
     }
 
     /// Takes the VF's bus away without warning.
