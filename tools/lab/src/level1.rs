@@ -132,14 +132,18 @@ struct Job {
     disks: Vec<String>,
 }
 
+/// The processor's time stamp counter.
+#[expect(unsafe_code)]
+fn tsc() -> u64 {
+    // SAFETY: The instruction reads a register, which every x86-64 processor has.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
 /// How fast the processor's time stamp counter is, which is that of level 1 as well.
 ///
 /// A kernel that is emulated on a busy machine finds it out wrongly, by several times.
 fn tsc_khz() -> u64 {
     let read = || {
-        // SAFETY: The instruction reads a register, which every x86-64 processor has.
-        #[expect(unsafe_code)]
-        let tsc = || unsafe { std::arch::x86_64::_rdtsc() };
         // The clock is read between two reads of the counter, which are to be close together.
         let closest = (0..10).map(|_| (tsc(), Instant::now(), tsc()));
         let closest = closest.min_by_key(|(before, _, after)| after.wrapping_sub(*before));
