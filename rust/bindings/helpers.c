@@ -356,10 +356,10 @@ const char *hyperv_helper_netdev_pci_slot_name(const struct net_device *dev, boo
 	return pci_slot_name(to_pci_dev(parent)->slot);
 }
 
-void hyperv_helper_netif_napi_add(struct net_device *dev, struct napi_struct *napi,
-				  int (*poll)(struct napi_struct *, int))
+void hyperv_helper_netif_napi_add_config(struct net_device *dev, struct napi_struct *napi,
+					 int (*poll)(struct napi_struct *, int), int index)
 {
-	netif_napi_add(dev, napi, poll);
+	netif_napi_add_config(dev, napi, poll, index);
 }
 
 void hyperv_helper_netif_napi_del(struct napi_struct *napi)

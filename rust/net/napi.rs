@@ -166,6 +166,13 @@ unsafe impl<P: Poll> Sync for Napi<P> {}
 
 impl<P: Poll> Napi<P> {
     /// Adds a NAPI instance for the receive queue `index` of `dev` and enables it. Sleeps.
+    ///
+    /// Its id and what user space has set for it are those of the last one with this index, which
+    /// must have been dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if the device was made with fewer queues.
     pub fn new<'a>(
         dev: &'a Device<P::Driver>,
         index: u16,
@@ -183,14 +190,19 @@ impl<P: Poll> Napi<P> {
             shared,
             xdp: SetOnce::new(),
             queue: Atomic::new(0),
-            dev: dev.to_ref(),
+            dev: Self::device_with(dev, index)?,
             _pin: PhantomPinned,
         }? Error);
         init.pin_chain(move |this| {
             // SAFETY: The device is valid, which `dev` of the new object ensures, and the structure
-            // stays pinned until it is deleted.
+            // stays pinned until it is deleted. The index was checked.
             unsafe {
-                bindings::netif_napi_add(this.dev.as_raw(), this.napi.get(), Some(Self::callback));
+                bindings::netif_napi_add_config(
+                    this.dev.as_raw(),
+                    this.napi.get(),
+                    Some(Self::callback),
+                    index.into(),
+                );
                 bindings::napi_enable(this.napi.get());
             }
             // SAFETY: The queue is dropped with the new object, which disables the NAPI first.
@@ -198,6 +210,17 @@ impl<P: Poll> Napi<P> {
             this.xdp.populate(queue);
             Ok(())
         })
+    }
+
+    /// A reference to a device that has room for the settings of a NAPI instance `index`.
+    fn device_with(dev: &Device<P::Driver>, index: u16) -> Result<DeviceRef<P::Driver>> {
+        // SAFETY: The device is valid, and the number does not change.
+        let count = unsafe { (*dev.as_raw()).num_napi_configs };
+        if u32::from(index) < count {
+            Ok(dev.to_ref())
+        } else {
+            Err(EINVAL)
+        }
     }
 
     /// What is shared with the poll.
