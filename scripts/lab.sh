@@ -21,12 +21,22 @@ make_archive() {
 	)
 }
 
-# Whether this command line names a scenario that needs the kernel's selftests.
+# Whether this command line names a scenario that needs the kernel's selftests, or none, which means
+# all.
 wants_selftests() {
-	case " $* " in
-	" test "*" selftests "* | " test "*" selftests-all "*) return 0 ;;
-	esac
-	return 1
+	local named=
+	[ "${1:-}" = test ] || return 1
+	shift
+	while [ $# -gt 0 ]; do
+		case $1 in
+		selftests | selftests-all) return 0 ;;
+		--*=* | --list | --keep | --help) ;;
+		--*) shift || break ;; # with what comes next
+		*) named=1 ;;
+		esac
+		shift || break
+	done
+	[ ! "$named" ]
 }
 
 image=$(make_archive make-image)

@@ -126,6 +126,9 @@ pub struct TestOptions {
     /// Archive with the kernel's selftests, for the scenarios of that name
     #[arg(long, env = "HVLAB_SELFTESTS", value_name = "FILE")]
     pub selftests: Option<PathBuf>,
+    /// Only this part of them, as `queues` or `gro-sw`; may be given several times
+    #[arg(long = "selftest", value_name = "PART", value_parser = selftests::parts())]
+    pub selftest: Vec<String>,
     /// Write the logs of failed boots to this file, too
     #[arg(long, hide = true)]
     pub artifacts: Option<PathBuf>,

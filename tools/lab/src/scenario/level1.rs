@@ -232,6 +232,9 @@ fn machine(
         format!("--artifacts={ARTIFACTS}"),
     ];
     args.extend(options.keep.then(|| "--keep".to_owned()));
+    for part in &options.selftest {
+        args.push(format!("--selftest={part}"));
+    }
     args.extend(options.scenarios.iter().cloned());
     let mut launch = launch(&options.files, args, drivers == Drivers::Rust);
     launch.outputs = vec![(way.clone(), ARTIFACTS.to_owned())];
