@@ -194,20 +194,17 @@ pub(crate) fn run(
         return Ok(Outcome::Gone);
     };
     fill(&mut frame)?;
-    Ok(match frame.run(program, guard) {
-        Verdict::Pass(frame) => Outcome::Pass(frame.into_skb().ok_or(ENOMEM)?),
-        Verdict::Transmit(frame) => Outcome::Transmit(frame.into_skb().ok_or(ENOMEM)?),
-        Verdict::Redirected => {
-            stats.xdp_redirect.add(1);
-            stats.rx_packets.add(1);
-            stats.rx_bytes.add(len.into());
-            Outcome::Gone
-        }
-        Verdict::Dropped => {
-            stats.xdp_drop.add(1);
-            Outcome::Gone
-        }
-    })
+    let counter = match frame.run(program, guard) {
+        Verdict::Pass(frame) => return Ok(Outcome::Pass(frame.into_skb().ok_or(ENOMEM)?)),
+        Verdict::Transmit(frame) => return Ok(Outcome::Transmit(frame.into_skb().ok_or(ENOMEM)?)),
+        Verdict::Redirected => &stats.xdp_redirect,
+        Verdict::Dropped => &stats.xdp_drop,
+    };
+    counter.add(1);
+    // What a program has taken was received as well.
+    stats.rx_packets.add(1);
+    stats.rx_bytes.add(len.into());
+    Ok(Outcome::Gone)
 }
 
 /// Sends received packets back, and empties the list.
