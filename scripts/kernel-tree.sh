@@ -218,7 +218,7 @@ if ! is_fresh; then
 		say "using the kernel chosen earlier"
 	else
 		found=$(choose) ||
-			die "no kernel ${wanted/-/ of series } with image, headers and source of one version in trixie-backports" \
+			die "no kernel ${wanted/#newest-/of series } with image, headers and source of one version in trixie-backports" \
 				"make KERNEL=RELEASE with a release that has them" \
 				"make KDIR=FOLDER with a prepared kernel tree of your own"
 		echo "$found" >"$choice.new"
