@@ -8,13 +8,13 @@ use core::mem::{
 };
 
 use hyperv_bindings as bindings;
-use kernel::{
-    error::to_result,
-    prelude::*, //
-};
+use kernel::prelude::*;
 
 use crate::{
-    ring::packet_len,
+    ring::{
+        packet_len,
+        sent, //
+    },
     Ring,
     HV_PAGE_SIZE,
     PAGE_BUFFERS_MAX, //
@@ -73,7 +73,7 @@ impl GpaRanges {
     ///
     /// Fails with `E2BIG` if that would be too many pages, and with `EINVAL` if `offset` is not in
     /// the page.
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, pfn: u64, offset: u32, len: u32) -> Result {
         if len == 0 {
             return Ok(());
@@ -87,13 +87,23 @@ impl GpaRanges {
             return Err(E2BIG);
         }
         // A range has at least one page, so there are never more than two words a page.
-        let slots = self
+        let (range, free) = self
             .words
-            .get_mut(self.used..self.used + 1 + pages)
+            .get_mut(self.used..)
+            .and_then(|free| free.split_first_mut())
             .ok_or(E2BIG)?;
-        slots[0].write(u64::from(len) | ((offset as u64) << 32));
-        for (slot, pfn) in slots[1..].iter_mut().zip(pfn..) {
-            slot.write(pfn);
+        range.write(u64::from(len) | ((offset as u64) << 32));
+        let (first, others) = free.split_first_mut().ok_or(E2BIG)?;
+        first.write(pfn);
+        if pages > 1 {
+            for (page, pfn) in others
+                .get_mut(..pages - 1)
+                .ok_or(E2BIG)?
+                .iter_mut()
+                .zip(pfn + 1..)
+            {
+                page.write(pfn);
+            }
         }
         // INVARIANT: All these words have just been written.
         self.used += 1 + pages;
@@ -125,7 +135,7 @@ impl Ring<'_> {
         // SAFETY: By the type invariants the channel is open, and `size` bytes of `ranges` are
         // initialised, the header and complete ranges. The function copies them and the payload,
         // and writes only to the header.
-        to_result(unsafe {
+        sent(unsafe {
             bindings::vmbus_sendpacket_mpb_desc(
                 self.raw(),
                 (&raw mut *ranges).cast(),

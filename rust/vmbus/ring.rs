@@ -59,6 +59,7 @@ impl<'a> Ring<'a> {
         }
     }
 
+    #[inline]
     pub(crate) fn raw(&self) -> *mut bindings::vmbus_channel {
         self.shared.raw.as_ptr()
     }
@@ -101,6 +102,7 @@ impl<'a> Ring<'a> {
         self.send(payload, transaction_id, kind, 0)
     }
 
+    #[inline]
     fn send(
         &self,
         payload: &[u8],
@@ -111,7 +113,7 @@ impl<'a> Ring<'a> {
         let len = packet_len(payload)?;
         // SAFETY: By the type invariants the channel is open. The function copies the payload and
         // does not write to it.
-        to_result(unsafe {
+        sent(unsafe {
             bindings::vmbus_sendpacket(
                 self.raw(),
                 payload.as_ptr().cast_mut().cast(),
@@ -167,6 +169,15 @@ impl<'a> Ring<'a> {
     }
 }
 
+/// The result of a C function, without a call if it is a success.
+#[inline]
+pub(crate) fn sent(result: c_int) -> Result {
+    if result == 0 {
+        return Ok(());
+    }
+    to_result(result)
+}
+
 /// Length of a payload, with everything around it small enough for the length field of a packet.
 #[inline]
 pub(crate) fn packet_len(payload: &[u8]) -> Result<u32> {
@@ -208,6 +219,7 @@ impl Reader<'_> {
     }
 
     /// Moves the private read index over the current packet.
+    #[inline]
     fn advance(&mut self) {
         let Some(descriptor) = self.current.take() else {
             return;

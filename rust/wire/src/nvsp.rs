@@ -444,6 +444,7 @@ pub fn message_size(version: Version) -> usize {
 }
 
 /// Makes the message with this body, padded with zeros to [`MESSAGE_SIZE`].
+#[inline]
 pub fn encode<B: Body>(body: &B) -> [u8; MESSAGE_SIZE] {
     let mut message = [0; MESSAGE_SIZE];
     let (header, rest) = message.split_at_mut(HEADER_SIZE);
@@ -456,6 +457,7 @@ pub fn encode<B: Body>(body: &B) -> [u8; MESSAGE_SIZE] {
 }
 
 /// Type of a message.
+#[inline]
 pub fn message_type(message: &[u8]) -> Result<MessageType, Error> {
     let (ty, _) = U32::read_from_prefix(message).map_err(|_| Error::Short {
         what: "message type",
@@ -466,6 +468,7 @@ pub fn message_type(message: &[u8]) -> Result<MessageType, Error> {
 }
 
 /// Takes the body out of a message that must have the body's type.
+#[inline]
 pub fn decode<B: Body>(message: &[u8]) -> Result<B, Error> {
     let found = message_type(message)?;
     if found != B::TYPE {
@@ -478,6 +481,7 @@ pub fn decode<B: Body>(message: &[u8]) -> Result<B, Error> {
 }
 
 /// Takes the body out of a message of known type.
+#[inline]
 fn decode_body<B: Body>(message: &[u8]) -> Result<B, Error> {
     let body = message.get(HEADER_SIZE..).unwrap_or_default();
     match B::read_from_prefix(body) {

@@ -438,6 +438,7 @@ fn ascii_units(text: &[u8]) -> impl Iterator<Item = Option<u8>> + '_ {
 }
 
 /// Reads a layout from the beginning of `bytes`.
+#[inline]
 fn read<'a, T: FromBytes>(bytes: &'a [u8], what: &'static str) -> Result<(T, &'a [u8]), Error> {
     T::read_from_prefix(bytes).map_err(|_| Error::Short {
         what,
@@ -447,6 +448,7 @@ fn read<'a, T: FromBytes>(bytes: &'a [u8], what: &'static str) -> Result<(T, &'a
 }
 
 /// The range `offset + base .. + length` if it ends within `limit`.
+#[inline]
 fn range(base: usize, offset: U32, length: U32, limit: usize) -> Option<Range<usize>> {
     let start = usize::try_from(offset.get()).ok()?.checked_add(base)?;
     let end = start.checked_add(usize::try_from(length.get()).ok()?)?;
@@ -454,6 +456,7 @@ fn range(base: usize, offset: U32, length: U32, limit: usize) -> Option<Range<us
 }
 
 /// Reads a message's header and checks the length in it against the `available` bytes.
+#[inline]
 pub fn header(message: &[u8], available: usize) -> Result<(MessageType, usize), Error> {
     let (header, _) = read::<Header>(message, "RNDIS header")?;
     let stated = header.message_length.get();
@@ -753,6 +756,7 @@ impl PpiType {
         }
     }
 
+    #[inline]
     fn from_wire(word: u32) -> Self {
         Self {
             number: word & !Self::INTERNAL,
@@ -760,6 +764,7 @@ impl PpiType {
         }
     }
 
+    #[inline]
     fn to_wire(self) -> u32 {
         self.number | if self.internal { Self::INTERNAL } else { 0 }
     }
@@ -776,12 +781,14 @@ pub struct Ppi<'a> {
 
 impl Ppi<'_> {
     /// The data as one 32-bit value.
+    #[inline]
     pub fn value(&self) -> Result<u32, Error> {
         let (value, _) = read::<U32>(self.data, "per-packet information")?;
         Ok(value.get())
     }
 
     /// The data as a [`PacketId`].
+    #[inline]
     pub fn packet_id(&self) -> Result<PacketId, Error> {
         Ok(read::<PacketId>(self.data, "packet id")?.0)
     }
@@ -795,11 +802,13 @@ pub struct Ppis<'a> {
 
 impl<'a> Ppis<'a> {
     /// Iterates over the elements in `bytes`.
+    #[inline]
     pub fn new(bytes: &'a [u8]) -> Self {
         Self { rest: bytes }
     }
 
     /// Takes the element that `rest` begins with.
+    #[inline]
     fn take(&mut self) -> Result<Ppi<'a>, Error> {
         let (head, _) = read::<PpiHeader>(self.rest, "per-packet information")?;
         let (size, offset) = (head.size.get(), head.offset.get());
@@ -823,6 +832,7 @@ impl<'a> Ppis<'a> {
 impl<'a> Iterator for Ppis<'a> {
     type Item = Result<Ppi<'a>, Error>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         if self.rest.is_empty() {
             return None;
@@ -1061,26 +1071,26 @@ impl<'a> PacketBuilder<'a> {
             .ok_or(Error::BufferTooSmall)?;
         let ppi_length = (self.length - PACKET_HEADER_SIZE) as u32;
         let fixed = size_of::<PacketHeader>() as u32;
-        let head = Header {
-            message_type: U32::new(MessageType::PACKET.0),
-            message_length: U32::new(message_length),
-        };
-        let packet = PacketHeader {
-            data_offset: U32::new(fixed + ppi_length),
-            data_length: U32::new(frame_length),
-            per_packet_info_offset: U32::new(if ppi_length == 0 { 0 } else { fixed }),
-            per_packet_info_length: U32::new(ppi_length),
-            ..PacketHeader::default()
-        };
-        let (first, second) = self
+        let head = [
+            MessageType::PACKET.0,
+            message_length,
+            fixed + ppi_length,
+            frame_length,
+            0,
+            0,
+            0,
+            if ppi_length == 0 { 0 } else { fixed },
+            ppi_length,
+            0,
+            0,
+        ];
+        let to = self
             .buffer
-            .split_at_mut_checked(HEADER_SIZE)
+            .first_chunk_mut::<PACKET_HEADER_SIZE>()
             .ok_or(Error::BufferTooSmall)?;
-        first.copy_from_slice(head.as_bytes());
-        second
-            .get_mut(..size_of::<PacketHeader>())
-            .ok_or(Error::BufferTooSmall)?
-            .copy_from_slice(packet.as_bytes());
+        for (to, word) in to.chunks_exact_mut(4).zip(head) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
         Ok(self.length)
     }
 }
