@@ -53,6 +53,16 @@ s64 rust_helper_atomic64_read(const atomic64_t *v)
 	return atomic64_read(v);
 }
 
+void rust_helper_atomic64_set(atomic64_t *v, s64 i)
+{
+	atomic64_set(v, i);
+}
+
+bool rust_helper_atomic64_try_cmpxchg(atomic64_t *v, s64 *old, s64 new)
+{
+	return atomic64_try_cmpxchg(v, old, new);
+}
+
 s8 rust_helper_atomic_i8_read(s8 *ptr)
 {
 	return READ_ONCE(*ptr);
@@ -89,6 +99,11 @@ const void *rust_helper_atomic_ptr_read_acquire(const void **ptr)
 {
 	/* As the caller has it. */
 	return smp_load_acquire(ptr);
+}
+
+const void *rust_helper_atomic_ptr_xchg(const void **ptr, const void *val)
+{
+	return xchg(ptr, val);
 }
 
 void rust_helper_smp_mb(void)

@@ -25,6 +25,7 @@ use kernel::{
     },
     prelude::*,
     sync::{
+        rcu,
         Arc,
         ArcBorrow, //
     },
@@ -123,7 +124,12 @@ pub trait Driver: Ethtool + Xdp + Sized + Send + Sync + 'static {
     fn stop(dev: &Device<Self>, rtnl: &Rtnl) -> Result;
 
     /// Transmits a packet. Runs with bottom halves off and the lock of `queue` held.
-    fn start_xmit(dev: &Device<Self>, queue: &mut TxQueue<'_>, skb: SkBuff) -> Xmit;
+    fn start_xmit(
+        dev: &Device<Self>,
+        queue: &mut TxQueue<'_>,
+        skb: SkBuff,
+        guard: &rcu::Guard,
+    ) -> Xmit;
 
     /// Selects the transmit queue of a packet. Runs with bottom halves off.
     fn select_queue(dev: &Device<Self>, skb: &mut SkBuff) -> u16;
@@ -465,9 +471,11 @@ impl<T> Device<T> {
         // INVARIANT: The lock was just taken. As the lifetime is any that the caller may think of,
         // `f` cannot exchange the value for another one.
         let mut locked = TxQueue {
-            queue,
-            index,
-            more: false,
+            control: TxControl {
+                queue,
+                index,
+                more: false,
+            },
             _lock: PhantomData,
         };
         let result = f(&mut locked);
@@ -520,36 +528,64 @@ impl<T> Device<T> {
 
 /// A transmit queue whose lock is held.
 ///
-/// # Invariants
-///
-/// `queue` is valid, and its transmit lock is held as long as the value exists.
+/// There is one value for a queue, which gives access to the data that the lock protects
+/// ([`TxLocked`]). While that is borrowed, the queue is still there as [`TxControl`].
 pub struct TxQueue<'a> {
-    queue: NonNull<bindings::netdev_queue>,
-    index: u16,
-    more: bool,
-    _lock: PhantomData<(&'a mut (), *mut ())>,
+    control: TxControl,
+    _lock: PhantomData<&'a mut ()>,
 }
 
 impl TxQueue<'_> {
+    /// Says whether another packet will follow at once, where it is not the core that knows.
+    pub fn set_more(&mut self, more: bool) {
+        self.control.more = more;
+    }
+}
+
+impl Deref for TxQueue<'_> {
+    type Target = TxControl;
+
+    #[inline]
+    fn deref(&self) -> &TxControl {
+        &self.control
+    }
+}
+
+/// What can be done with a transmit queue whose lock is held.
+///
+/// # Invariants
+///
+/// `queue` is valid, and its transmit lock is held as long as the value exists.
+pub struct TxControl {
+    queue: NonNull<bindings::netdev_queue>,
+    index: u16,
+    more: bool,
+}
+
+impl TxControl {
     /// Number of the queue.
+    #[inline]
     pub fn index(&self) -> u16 {
         self.index
     }
 
     /// Stops the queue: no more packets until it is woken.
-    pub fn stop(&mut self) {
+    #[inline]
+    pub fn stop(&self) {
         // SAFETY: By the type invariants the queue is valid.
         unsafe { bindings::netif_tx_stop_queue(self.queue.as_ptr()) };
     }
 
     /// Whether the driver has stopped the queue.
+    #[inline]
     pub fn is_stopped(&self) -> bool {
         // SAFETY: By the type invariants the queue is valid.
         unsafe { bindings::netif_tx_queue_stopped(self.queue.as_ptr()) }
     }
 
     /// Wakes the queue.
-    pub fn wake(&mut self) {
+    #[inline]
+    pub fn wake(&self) {
         // SAFETY: By the type invariants the queue is valid.
         unsafe { bindings::netif_tx_wake_queue(self.queue.as_ptr()) };
     }
@@ -557,26 +593,23 @@ impl TxQueue<'_> {
     /// Notes that `bytes` are about to be sent: no more than the queue's limit (BQL) shall be on
     /// their way. The poll of the queue says when they are out, see
     /// [`PollContext::completed`](crate::PollContext::completed).
-    pub fn sent(&mut self, bytes: u32) {
+    #[inline]
+    pub fn sent(&self, bytes: u32) {
         // SAFETY: By the type invariants the queue is valid and locked.
         unsafe { bindings::netdev_tx_sent_queue(self.queue.as_ptr(), bytes) };
     }
 
-    /// Takes [`TxQueue::sent`] back: they could not be sent.
-    pub fn not_sent(&mut self, bytes: u32) {
+    /// Takes [`TxControl::sent`] back: they could not be sent.
+    pub fn not_sent(&self, bytes: u32) {
         // SAFETY: By the type invariants the queue is valid and locked.
         unsafe { bindings::netdev_tx_unsend_queue(self.queue.as_ptr(), bytes) };
     }
 
     /// Whether another packet will follow at once. Not if the queue is stopped.
+    #[inline]
     pub fn more(&self) -> bool {
         // SAFETY: By the type invariants the queue is valid.
         self.more && !unsafe { bindings::netif_xmit_stopped(self.queue.as_ptr()) }
-    }
-
-    /// Says whether another packet will follow at once, where it is not the core that knows.
-    pub fn set_more(&mut self, more: bool) {
-        self.more = more;
     }
 }
 
@@ -605,14 +638,16 @@ impl<T> TxLocked<T> {
         })
     }
 
-    /// The data, if `queue` is the queue whose lock protects it.
-    pub fn get<'a>(&'a self, queue: &'a mut TxQueue<'_>) -> Option<&'a mut T> {
+    /// The data, if `queue` is the queue whose lock protects it, and what else can be done with the
+    /// queue meanwhile.
+    #[inline]
+    pub fn get<'a>(&'a self, queue: &'a mut TxQueue<'_>) -> Option<(&'a mut T, &'a TxControl)> {
         if queue.queue != self.queue {
             return None;
         }
-        // SAFETY: The lock is held by the invariants of `TxQueue`, and there is only one value of
-        // that type while it is, which is borrowed exclusively as long as the data is.
-        Some(unsafe { &mut *self.data.get() })
+        // SAFETY: The lock is held by the invariants of `TxControl`, and there is only one
+        // `TxQueue` while it is, which is borrowed exclusively as long as the data is.
+        Some((unsafe { &mut *self.data.get() }, &queue.control))
     }
 }
 
@@ -836,13 +871,17 @@ impl<T: Driver> Ops<T> {
         };
         // INVARIANT: The core holds the lock of the queue that the packet is mapped to.
         let mut queue = TxQueue {
-            queue,
-            index,
-            // SAFETY: We are transmitting on this CPU.
-            more: unsafe { bindings::netdev_xmit_more() },
+            control: TxControl {
+                queue,
+                index,
+                // SAFETY: We are transmitting on this CPU.
+                more: unsafe { bindings::netdev_xmit_more() },
+            },
             _lock: PhantomData,
         };
-        match T::start_xmit(dev, &mut queue, skb) {
+        // SAFETY: The core transmits with bottom halves disabled, which delays a grace period, too.
+        let guard = unsafe { crate::rcu::assume_read_locked() };
+        match T::start_xmit(dev, &mut queue, skb, &guard) {
             Xmit::Done => bindings::netdev_tx_NETDEV_TX_OK,
             Xmit::Busy(skb) => {
                 // It goes back to the core.

@@ -67,6 +67,7 @@ pub use self::device::{
     Registration,
     RxQueueStats,
     Stats,
+    TxControl,
     TxLocked,
     TxQueue,
     TxQueueStats,
@@ -119,6 +120,7 @@ pub use self::rcu::{
 };
 pub use self::rtnl::Rtnl;
 pub use self::skb::{
+    AtomicSkBuff,
     Checksum,
     Destination,
     FlowKeys,

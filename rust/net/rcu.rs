@@ -4,6 +4,7 @@
 
 use core::{
     marker::PhantomData,
+    mem::ManuallyDrop,
     ptr::{
         null_mut,
         NonNull, //
@@ -25,6 +26,19 @@ use kernel::sync::{
     Arc,
     ArcBorrow, //
 };
+
+/// A guard for a caller that delays grace periods by other means than a lock of its own.
+///
+/// # Safety
+///
+/// The caller must be in what RCU takes for a read-side critical section as long as the result is
+/// in use.
+#[inline]
+pub(crate) unsafe fn assume_read_locked() -> ManuallyDrop<rcu::Guard> {
+    // SAFETY: A guard has no content. By the safety requirements what it stands for is true, and it
+    // is never dropped, so that nothing is unlocked that was not locked.
+    ManuallyDrop::new(unsafe { core::mem::transmute::<(), rcu::Guard>(()) })
+}
 
 /// Smart pointers that an [`RcuSlot`] can hold.
 ///
@@ -123,6 +137,7 @@ impl<P: Counted> RcuSlot<P> {
     }
 
     /// Borrows the object as long as the read-side critical section lasts.
+    #[inline]
     pub fn borrow<'a>(&'a self, _guard: &'a rcu::Guard) -> Option<&'a P::Target> {
         // SAFETY: By the type invariants the object lives until a grace period after it was taken
         // out of the slot, and `_guard` delays the end of that.

@@ -9,13 +9,20 @@ use core::{
         size_of,
         ManuallyDrop, //
     },
-    ptr::NonNull, //
+    ptr::{
+        null_mut,
+        NonNull, //
+    }, //
 };
 
 use hyperv_bindings as bindings;
 use kernel::{
     error::to_result,
-    prelude::*, //
+    prelude::*,
+    sync::atomic::{
+        Atomic,
+        Full, //
+    }, //
 };
 use vmbus::SharedBytes;
 
@@ -135,20 +142,24 @@ impl SkBuff {
     /// # Safety
     ///
     /// `skb` must point to a valid packet, which becomes ours.
+    #[inline]
     pub(crate) unsafe fn from_raw(skb: NonNull<bindings::sk_buff>) -> Self {
         // INVARIANT: By the safety requirements.
         Self { skb }
     }
 
     /// Gives the packet away, to C.
+    #[inline]
     pub(crate) fn into_raw(self) -> *mut bindings::sk_buff {
         ManuallyDrop::new(self).skb.as_ptr()
     }
 
+    #[inline]
     pub(crate) fn as_raw(&self) -> *mut bindings::sk_buff {
         self.skb.as_ptr()
     }
 
+    #[inline]
     fn get(&self) -> &bindings::sk_buff {
         // SAFETY: By the type invariants the packet is valid, and nobody else writes to it.
         unsafe { self.skb.as_ref() }
@@ -156,25 +167,36 @@ impl SkBuff {
 
     /// Number of bytes.
     #[expect(clippy::len_without_is_empty, reason = "a packet is never empty")]
+    #[inline]
     pub fn len(&self) -> u32 {
         self.get().len
     }
 
     /// Number of bytes in the linear part.
+    #[inline]
     pub fn head_len(&self) -> u32 {
         self.get().len - self.get().data_len
     }
 
+    /// Whether all data lies in the linear part.
+    #[inline]
+    pub fn is_linear(&self) -> bool {
+        self.get().data_len == 0
+    }
+
     /// The queue selected for it.
+    #[inline]
     pub fn queue_mapping(&self) -> u16 {
         self.get().queue_mapping
     }
 
+    #[inline]
     fn shared_info(&self) -> &bindings::skb_shared_info {
         // SAFETY: By the type invariants the packet is valid, and so is its shared info.
         unsafe { &*bindings::skb_shinfo(self.as_raw()) }
     }
 
+    #[inline]
     fn fragments(&self) -> &[bindings::skb_frag_t] {
         let info = self.shared_info();
         info.frags.get(..info.nr_frags.into()).unwrap_or(&[])
@@ -196,6 +218,7 @@ impl SkBuff {
 
     /// Calls `f` for each piece of the data with its first page, the offset in that page and its
     /// length. A piece is contiguous in memory, but can be more than a page.
+    #[inline]
     pub fn for_each_piece(&self, mut f: impl FnMut(u64, u32, u32) -> Result) -> Result {
         let page = vmbus::HV_PAGE_SIZE as u32;
         let data = self.get().data;
@@ -222,6 +245,14 @@ impl SkBuff {
         if to.len() < self.len() as usize {
             return Err(EMSGSIZE);
         }
+        if self.is_linear() {
+            // SAFETY: All `len` bytes are linear data; the destination has room for them, and is
+            // accessed by nobody but the host.
+            unsafe {
+                core::ptr::copy_nonoverlapping(self.get().data, to.as_ptr(), self.len() as usize)
+            };
+            return Ok(());
+        }
         // SAFETY: By the type invariants the packet is valid; the destination has room for all of
         // its data, and is accessed by nobody but the host.
         to_result(unsafe {
@@ -239,7 +270,11 @@ impl SkBuff {
     #[inline]
     pub fn reserve_head(&mut self, len: u32) -> Result {
         // SAFETY: By the type invariants the packet is valid and ours.
-        to_result(unsafe { bindings::skb_cow_head(self.as_raw(), len) })
+        match unsafe { bindings::skb_cow_head(self.as_raw(), len) } {
+            // Without a call, mostly.
+            0 => Ok(()),
+            e => to_result(e),
+        }
     }
 
     /// Writes `bytes` into the room before the data, as far ahead of the data as possible.
@@ -273,12 +308,14 @@ impl SkBuff {
     }
 
     /// EtherType of the packet.
+    #[inline]
     fn protocol(&self) -> u16 {
         // SAFETY: By the type invariants the packet is valid.
         unsafe { bindings::skb_protocol_host(self.as_raw()) }
     }
 
     /// Offset of the network header from the data.
+    #[inline]
     fn network_offset(&self) -> Option<usize> {
         // SAFETY: By the type invariants the packet is valid.
         usize::try_from(unsafe { bindings::skb_network_offset(self.as_raw()) }).ok()
@@ -292,6 +329,7 @@ impl SkBuff {
     }
 
     /// The linear data, to look at.
+    #[inline]
     fn head(&self) -> &[u8] {
         let len = self.head_len() as usize;
         // SAFETY: `len` bytes from data on are the linear data, and nobody writes to them while
@@ -398,6 +436,7 @@ impl SkBuff {
     }
 
     /// Takes the software timestamp of transmission, if somebody wants it.
+    #[inline]
     pub fn tx_timestamp(&mut self) {
         // SAFETY: By the type invariants the packet is valid and ours.
         unsafe { bindings::skb_tx_timestamp(self.as_raw()) };
@@ -546,6 +585,42 @@ impl SkBuff {
         // SAFETY: As above.
         unsafe { (*self.as_raw()).queue_mapping = queue };
         Ok(())
+    }
+}
+
+/// A place for a packet that several threads can put packets into and take out of.
+///
+/// # Invariants
+///
+/// The pointer is null, or points to a valid packet, which is ours.
+pub struct AtomicSkBuff(Atomic<*mut bindings::sk_buff>);
+
+impl AtomicSkBuff {
+    /// Nothing.
+    pub const fn new() -> Self {
+        // INVARIANT: The pointer is null.
+        Self(Atomic::new(null_mut()))
+    }
+
+    /// Puts a packet, or nothing, there and returns what was there.
+    #[inline]
+    pub fn swap(&self, skb: Option<SkBuff>) -> Option<SkBuff> {
+        // INVARIANT: The pointer is null or that of a packet, which is not its former owner's now.
+        let old = self.0.xchg(skb.map_or(null_mut(), SkBuff::into_raw), Full);
+        // SAFETY: By the type invariants the packet is valid, and has no other owner now.
+        NonNull::new(old).map(|skb| unsafe { SkBuff::from_raw(skb) })
+    }
+
+    /// Takes the packet out.
+    #[inline]
+    pub fn take(&self) -> Option<SkBuff> {
+        self.swap(None)
+    }
+}
+
+impl Drop for AtomicSkBuff {
+    fn drop(&mut self) {
+        self.take();
     }
 }
 

@@ -118,15 +118,17 @@ impl SendBuffer {
 
     /// Takes a free section.
     pub(crate) fn take(&self) -> Option<u32> {
-        for (i, word) in self.used.iter().enumerate() {
+        let mut first = 0;
+        for word in &self.used {
             let mut old = word.load(Relaxed);
             while old != u64::MAX {
                 let bit = old.trailing_ones();
                 match word.cmpxchg(old, old | (1 << bit), Full) {
-                    Ok(_) => return Some(i as u32 * u64::BITS + bit),
+                    Ok(_) => return Some(first + bit),
                     Err(now) => old = now,
                 }
             }
+            first += u64::BITS;
         }
         None
     }

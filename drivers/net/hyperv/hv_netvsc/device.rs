@@ -456,8 +456,13 @@ impl Driver for Netvsc {
         closed
     }
 
-    fn start_xmit(dev: &Device<Self>, queue: &mut TxQueue<'_>, skb: SkBuff) -> Xmit {
-        xmit(dev, queue, skb, &rcu::read_lock())
+    fn start_xmit(
+        dev: &Device<Self>,
+        queue: &mut TxQueue<'_>,
+        skb: SkBuff,
+        guard: &rcu::Guard,
+    ) -> Xmit {
+        xmit(dev, queue, skb, guard)
     }
 
     fn select_queue(dev: &Device<Self>, skb: &mut SkBuff) -> u16 {
@@ -614,6 +619,7 @@ pub(crate) fn vf_in_use<'a>(
 }
 
 /// Transmits a packet by the path in use.
+#[inline]
 pub(crate) fn xmit(
     dev: &Device<Netvsc>,
     queue: &mut TxQueue<'_>,

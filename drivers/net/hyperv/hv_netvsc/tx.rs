@@ -8,7 +8,8 @@
 //! memory. A packet that does not fit behind those in a section can still have its headers there,
 //! and the frame as ranges.
 //!
-//! What the host has not completed lies in the queue's table, whose slot is the transaction id.
+//! What the host has not completed lies in the queue's slots, whose numbers are in the transaction
+//! ids.
 
 use hyperv_wire::{
     nvsp,
@@ -23,15 +24,15 @@ use hyperv_wire::{
     }, //
 };
 use kernel::{
-    new_spinlock,
     prelude::*,
     sync::{
         atomic::{
+            Acquire,
             Atomic,
-            Relaxed, //
+            Relaxed,
+            Release, //
         },
-        rcu,
-        SpinLock, //
+        rcu, //
     }, //
 };
 use net::{
@@ -41,10 +42,12 @@ use net::{
         trace_nvsp_send_pkt,
         SentPacket, //
     },
+    AtomicSkBuff,
     Checksum,
     Device,
     PollContext,
     SkBuff,
+    TxControl,
     TxLocked,
     TxQueue,
     Xmit,
@@ -53,6 +56,7 @@ use net::{
 use vmbus::{
     GpaRanges,
     Reply,
+    HV_PAGE_SIZE,
     PAGE_BUFFERS_MAX, //
 };
 use zerocopy::little_endian::U32;
@@ -60,6 +64,7 @@ use zerocopy::little_endian::U32;
 use crate::{
     buffers::SendBuffer,
     connection::{
+        Queue,
         Shared,
         Transaction, //
     },
@@ -84,18 +89,27 @@ const HIGH_WATER: u32 = 20;
 /// Packets in flight in a queue. The ring has no room for more small ones.
 const SLOTS: u32 = 4096;
 
-/// A message in flight.
-struct InFlight {
-    /// The packet, or the last one of several that were copied into one section.
-    skb: SkBuff,
+/// What is sent at once.
+#[derive(Clone, Copy)]
+struct Message {
     /// The section, or [`nvsp::INVALID_SECTION`].
     section: u32,
+    /// Bytes in the section.
+    section_len: u32,
     /// Number of packets.
     packets: u32,
     /// Bytes of their frames.
     bytes: u32,
-    /// Bytes that the queue was told of.
-    limited: u32,
+}
+
+impl Message {
+    /// Nothing, in no section.
+    const EMPTY: Self = Self {
+        section: nvsp::INVALID_SECTION,
+        section_len: 0,
+        packets: 0,
+        bytes: 0,
+    };
 }
 
 /// What has been sent of a queue that limits the bytes on their way.
@@ -115,70 +129,119 @@ impl Sent {
     }
 }
 
-/// What is in flight.
-struct Table {
-    entries: KVVec<Option<InFlight>>,
-    free: KVVec<u32>,
+/// A place for a message in flight.
+///
+/// Whoever takes the packet out, which only one can do, reads the numbers and sets `packets` to 0:
+/// then the place is free. Only the sender, of whom there is one, uses a free place, and puts the
+/// packet there last.
+struct Slot {
+    /// The packet, or the last one of several that were copied into one section.
+    skb: AtomicSkBuff,
+    section: Atomic<u32>,
+    packets: Atomic<u32>,
+    bytes: Atomic<u32>,
+    /// Bytes that the queue was told of.
+    limited: Atomic<u32>,
 }
 
-impl Table {
-    fn new() -> Result<Self> {
-        let mut entries = KVVec::with_capacity(SLOTS as usize, GFP_KERNEL)?;
-        let mut free = KVVec::with_capacity(SLOTS as usize, GFP_KERNEL)?;
-        for slot in (0..SLOTS).rev() {
-            entries.push(None, GFP_KERNEL)?;
-            free.push(slot, GFP_KERNEL)?;
+impl Slot {
+    const fn new() -> Self {
+        Self {
+            skb: AtomicSkBuff::new(),
+            section: Atomic::new(0),
+            packets: Atomic::new(0),
+            bytes: Atomic::new(0),
+            limited: Atomic::new(0),
         }
-        Ok(Self { entries, free })
     }
 
-    fn insert(&mut self, entry: InFlight) -> Result<u32, InFlight> {
-        let Some(slot) = self.free.pop() else {
-            return Err(entry);
+    fn is_free(&self) -> bool {
+        self.packets.load(Acquire) == 0
+    }
+
+    /// Fills a free place.
+    fn fill(&self, skb: SkBuff, message: &Message, limited: u32) {
+        self.section.store(message.section, Relaxed);
+        self.packets.store(message.packets, Relaxed);
+        self.bytes.store(message.bytes, Relaxed);
+        self.limited.store(limited, Relaxed);
+        self.skb.swap(Some(skb));
+    }
+
+    /// Takes out what is there.
+    fn take(&self) -> Option<Completed> {
+        let skb = self.skb.take()?;
+        let completed = Completed {
+            skb,
+            section: self.section.load(Relaxed),
+            packets: self.packets.load(Relaxed),
+            bytes: self.bytes.load(Relaxed),
+            limited: self.limited.load(Relaxed),
         };
-        match self.entries.get_mut(slot as usize) {
-            Some(place) => {
-                *place = Some(entry);
-                Ok(slot)
-            }
-            None => Err(entry),
-        }
+        self.packets.store(0, Release);
+        Some(completed)
     }
+}
 
-    fn remove(&mut self, slot: u32) -> Option<InFlight> {
-        let entry = self.entries.get_mut(slot as usize)?.take()?;
-        // The capacity is that of all slots, each of which is here or in use.
-        let _ = self.free.push_within_capacity(slot);
-        Some(entry)
-    }
+/// What was in flight.
+struct Completed {
+    skb: SkBuff,
+    section: u32,
+    packets: u32,
+    bytes: u32,
+    limited: u32,
 }
 
 /// Packets in a section that has not been sent yet.
 struct Batch {
-    message: InFlight,
-    /// Bytes in the section.
-    len: u32,
-    /// Number of packets that were put there one by one.
-    count: u32,
+    /// The last of them; `None` if there is no batch.
+    skb: Option<SkBuff>,
+    message: Message,
+}
+
+impl Batch {
+    /// Frees the packet that stood for all: another one does now.
+    fn consume(&mut self) {
+        if let Some(skb) = self.skb.take() {
+            skb.consume();
+        }
+    }
+}
+
+/// What only the sender uses.
+struct Sending {
+    /// What is being collected.
+    batch: Batch,
+    /// Where to look for a free slot first.
+    next: u32,
 }
 
 /// The transmitting side of a queue.
-///
-/// Lock order: the queue's transmit lock (which protects `batch`), then `table`.
 #[pin_data]
 pub(crate) struct TxState {
-    /// What is being collected.
-    batch: TxLocked<Option<Batch>>,
-    #[pin]
-    table: SpinLock<Table>,
+    sending: TxLocked<Sending>,
+    slots: KVVec<Slot>,
     in_flight: Atomic<u32>,
 }
 
 impl TxState {
     pub(crate) fn new(dev: &Device<Netvsc>, index: u16) -> impl PinInit<Self, Error> + '_ {
+        let sending = Sending {
+            batch: Batch {
+                skb: None,
+                message: Message::EMPTY,
+            },
+            next: 0,
+        };
         try_pin_init!(Self {
-            batch: TxLocked::new(dev, index, None)?,
-            table <- new_spinlock!(Table::new()?, "hv_netvsc::tx"),
+            sending: TxLocked::new(dev, index, sending)?,
+            slots: {
+                let mut slots = KVVec::with_capacity(SLOTS as usize, GFP_KERNEL)?;
+                for _ in 0..SLOTS {
+                    slots.push(Slot::new(), GFP_KERNEL)?;
+                }
+                slots
+            },
             in_flight: Atomic::new(0),
         }? Error)
     }
@@ -188,12 +251,23 @@ impl TxState {
         self.in_flight.load(Relaxed)
     }
 
+    /// A free slot. The host completes in about the order of sending, so it is the next one.
+    fn free_slot(&self, next: &mut u32) -> Option<(u32, &Slot)> {
+        for _ in 0..SLOTS {
+            let index = *next % SLOTS;
+            *next = index + 1;
+            let slot = self.slots.get(index as usize)?;
+            if slot.is_free() {
+                return Some((index, slot));
+            }
+        }
+        None
+    }
+
     /// Frees what the host has not completed; the channel is closed.
     pub(crate) fn abandon(&self) {
-        for slot in 0..SLOTS {
-            // The packet is freed without the lock.
-            let entry = self.table.lock().remove(slot);
-            if entry.is_some() {
+        for slot in &self.slots {
+            if slot.take().is_some() {
                 self.in_flight.fetch_sub(1, Relaxed);
             }
         }
@@ -212,8 +286,9 @@ enum Failure {
 struct Sender<'a> {
     dev: &'a Device<Netvsc>,
     shared: &'a Shared,
-    state: &'a TxState,
-    index: u16,
+    own: &'a Queue,
+    buffer: &'a SendBuffer,
+    control: &'a TxControl,
     guard: &'a rcu::Guard,
 }
 
@@ -224,151 +299,143 @@ impl Sender<'_> {
             .data()
             .statistics
             .queues
-            .get(usize::from(self.index))
+            .get(usize::from(self.control.index()))
     }
 
-    /// Stops the queue, as there is not much room in the ring.
-    fn stop(&self, queue: &mut TxQueue<'_>) {
-        queue.stop();
-        self.dev.data().statistics.events.stop_queue.add(1);
+    /// Stops the queue, as there is not much room in the ring. Returns whether it stays stopped.
+    #[cold]
+    fn stop(&self) -> bool {
+        let events = &self.dev.data().statistics.events;
+        self.control.stop();
+        events.stop_queue.add(1);
         if let Some(stats) = self.stats() {
             stats.stop.add(1);
         }
+        // If nothing is in flight no completion will wake the queue.
+        if self.own.tx.in_flight() != 0 || self.shared.tx_disabled.load(Relaxed) {
+            return true;
+        }
+        self.control.wake();
+        events.wake_queue.add(1);
+        if let Some(stats) = self.stats() {
+            stats.wake.add(1);
+        }
+        false
     }
 
     /// Sends a message whose data is in a section, in ranges, or both.
     ///
-    /// The caller gets the message back if it was not sent.
+    /// The caller gets the packet back if it was not sent.
+    #[inline(always)]
     fn send(
         &self,
-        queue: &mut TxQueue<'_>,
-        mut message: InFlight,
-        section_len: u32,
+        next: &mut u32,
+        skb: SkBuff,
+        message: &Message,
         ranges: Option<&mut GpaRanges>,
-    ) -> Result<(), (Failure, InFlight)> {
-        let events = &self.dev.data().statistics.events;
-        let channel = self.shared.channel(self.index);
-        let ring = match channel.and_then(|channel| channel.ring_under(self.guard)) {
+    ) -> Result<(), (Failure, SkBuff)> {
+        let index = self.control.index();
+        let own_channel = self.own.channel();
+        let ring = own_channel
+            .map_or_else(|| self.shared.primary(), Ok)
+            .and_then(|channel| channel.ring_under(self.guard));
+        let ring = match ring {
             Ok(ring) => ring,
-            Err(e) => return Err((Failure::Other(e), message)),
+            Err(e) => return Err((self.failed(e, message), skb)),
         };
         let space = ring.write_space_percent();
         let body = nvsp::encode(&nvsp::SendRndisPacket {
             channel_type: U32::new(ChannelType::DATA.0),
             section_index: U32::new(message.section),
-            section_size: U32::new(if message.section == nvsp::INVALID_SECTION {
-                0
-            } else {
-                section_len
-            }),
+            section_size: U32::new(message.section_len),
         });
 
         trace_nvsp_send_pkt(self.dev, || {
-            let channel = self.shared.channel(self.index);
+            let channel = self.shared.channel(index);
             SentPacket {
                 channel: channel.map_or(0, |channel| channel.subchannel_index()),
                 kind: ChannelType::DATA.0,
                 section: message.section,
-                len: section_len,
+                len: message.section_len,
             }
         });
 
-        // Only the poll of a channel of its own can tell the queue what is out. The queue has to
-        // know first, since the completion can come at once.
-        let own = self.shared.queues.get(usize::from(self.index));
-        let bytes = message.bytes;
-        let limited = own.is_some_and(|own| own.channel().is_some());
-        message.limited = if limited { bytes } else { 0 };
-        if limited {
-            queue.sent(bytes);
-        }
-        // It has to be in the table first, too.
-        let inserted = self.state.table.lock().insert(message);
-        let sent = match inserted {
-            Ok(slot) => {
-                self.state.in_flight.fetch_add(1, Relaxed);
-                let id = Transaction::Data {
-                    queue: self.index,
-                    slot,
-                }
-                .id();
-                let sent = match ranges {
-                    Some(ranges) => ring.send_ranges(ranges, &body, id),
-                    None => ring.send_inband(&body, id, Reply::Wanted),
-                };
-                match sent {
-                    Ok(()) => Ok(()),
-                    // If it is not in the table any more it was sent, and completed already.
-                    Err(e) => match self.state.table.lock().remove(slot) {
-                        Some(message) => {
-                            self.state.in_flight.fetch_sub(1, Relaxed);
-                            Err((e, message))
-                        }
-                        None => Ok(()),
-                    },
-                }
-            }
-            Err(message) => Err((EAGAIN, message)),
+        let state = &self.own.tx;
+        let Some((number, slot)) = state.free_slot(next) else {
+            return Err((self.failed(EAGAIN, message), skb));
         };
-        if limited && sent.is_err() {
-            queue.not_sent(bytes);
+        // Only the poll of a channel of its own can tell the queue what is out. The queue, and the
+        // slot, have to know first, since the completion can come at once.
+        let limited = if own_channel.is_some() {
+            self.control.sent(message.bytes);
+            message.bytes
+        } else {
+            0
+        };
+        slot.fill(skb, message, limited);
+        state.in_flight.fetch_add(1, Relaxed);
+        let id = Transaction::Data {
+            queue: index,
+            slot: number,
         }
-
-        match &sent {
-            Ok(()) if space < LOW_WATER => self.stop(queue),
-            Ok(()) => {}
-            Err((e, _)) if *e == EAGAIN => self.stop(queue),
-            Err((e, message)) => {
-                if net_ratelimit() {
-                    netdev_err!(
-                        self.dev,
-                        "Unable to send packet len {}, ret {}\n",
-                        message.bytes,
-                        e.to_errno()
-                    );
+        .id();
+        let sent = match ranges {
+            Some(ranges) => ring.send_ranges(ranges, &body, id),
+            None => ring.send_inband(&body, id, Reply::Wanted),
+        };
+        if let Err(e) = sent {
+            // If it is not there any more it was sent, and completed already.
+            if let Some(completed) = slot.take() {
+                state.in_flight.fetch_sub(1, Relaxed);
+                if completed.limited != 0 {
+                    self.control.not_sent(completed.limited);
                 }
+                return Err((self.failed(e, message), completed.skb));
             }
         }
-        // If nothing is in flight no completion will wake the queue.
-        let mut full = true;
-        if queue.is_stopped()
-            && self.state.in_flight() == 0
-            && !self.shared.tx_disabled.load(Relaxed)
-        {
-            queue.wake();
-            events.wake_queue.add(1);
-            if let Some(stats) = self.stats() {
-                stats.wake.add(1);
-            }
-            full = false;
+        if space < LOW_WATER {
+            self.stop();
         }
-        sent.map_err(|(e, message)| {
-            let failure = if e == EAGAIN && full {
+        Ok(())
+    }
+
+    /// A message could not be sent.
+    #[cold]
+    fn failed(&self, e: Error, message: &Message) -> Failure {
+        if e == EAGAIN {
+            return if self.stop() {
                 Failure::Full
-            } else if e == EAGAIN {
-                Failure::Other(ENOSPC)
             } else {
-                Failure::Other(e)
+                Failure::Other(ENOSPC)
             };
-            (failure, message)
-        })
+        }
+        if net_ratelimit() {
+            netdev_err!(
+                self.dev,
+                "Unable to send packet len {}, ret {}\n",
+                message.bytes,
+                e.to_errno()
+            );
+        }
+        Failure::Other(e)
     }
 
     /// Sends a batch as it is.
-    fn flush(&self, queue: &mut TxQueue<'_>, buffer: &SendBuffer, batch: Option<Batch>) {
-        let Some(batch) = batch else {
+    #[inline(never)]
+    fn flush(&self, sending: &mut Sending) {
+        let Some(skb) = sending.batch.skb.take() else {
             return;
         };
-        if let Err((_, message)) = self.send(queue, batch.message, batch.len, None) {
-            buffer.put(message.section);
-            self.drop_message(message);
+        let message = sending.batch.message;
+        if let Err((_, skb)) = self.send(&mut sending.next, skb, &message, None) {
+            self.buffer.put(message.section);
+            self.dev
+                .data()
+                .statistics
+                .tx_dropped
+                .add(message.packets.into());
+            drop(skb);
         }
-    }
-
-    /// Counts and frees what cannot be sent.
-    fn drop_message(&self, message: InFlight) {
-        let dropped = &self.dev.data().statistics.tx_dropped;
-        dropped.add(message.packets.into());
     }
 }
 
@@ -452,40 +519,27 @@ pub(crate) fn transmit(
     guard: &rcu::Guard,
 ) -> Xmit {
     let ctx = dev.data();
-    let events = &ctx.statistics.events;
-    let index = queue.index();
-    let (Some(own), Some(buffer)) = (
-        shared.queues.get(usize::from(index)),
-        shared.send.borrow(guard),
-    ) else {
-        ctx.statistics.tx_dropped.add(1);
-        return Xmit::Done;
-    };
-    let sender = Sender {
-        dev,
-        shared,
-        state: &own.tx,
-        index,
-        guard,
-    };
-
-    // The batch is taken out, and what is left of it is put back.
-    let mut batch = own.tx.batch.get(queue).and_then(|batch| batch.take());
-    let mut headers = Headers::new();
-    let result = prepare(dev, &mut skb, events, &mut headers)
-        .and_then(|()| transmit_prepared(&sender, queue, buffer, &mut batch, skb, &mut headers));
-    // A batch that nothing was added to would wait for a packet that may never come. One that has
-    // to wait for room in the ring is sent with the packet that the stack will give us again.
-    if !matches!(result, Ok(Xmit::Busy(_))) && (!queue.more() || result.is_err()) {
-        sender.flush(queue, buffer, batch.take());
+    let result = with_sender(dev, shared, queue, guard, |sender, sending| {
+        let mut headers = Headers::new();
+        let result = prepare(dev, &mut skb, &ctx.statistics.events, &mut headers)
+            .and_then(|()| sender.transmit(sending, skb, &mut headers));
+        // A batch that nothing was added to would wait for a packet that may never come.
+        if sending.batch.skb.is_some() && (result.is_err() || !sender.control.more()) {
+            // One that has to wait for room in the ring is sent with the packet that the stack
+            // will give us again.
+            if !matches!(result, Ok(Xmit::Busy(_))) {
+                sender.flush(sending);
+            }
+        }
+        result
+    });
+    match result {
+        Some(Ok(verdict)) => verdict,
+        _ => {
+            ctx.statistics.tx_dropped.add(1);
+            Xmit::Done
+        }
     }
-    if let Some(place) = own.tx.batch.get(queue) {
-        *place = batch;
-    }
-    result.unwrap_or_else(|_| {
-        ctx.statistics.tx_dropped.add(1);
-        Xmit::Done
-    })
 }
 
 /// Sends what is left of a batch.
@@ -495,21 +549,32 @@ pub(crate) fn flush(
     queue: &mut TxQueue<'_>,
     guard: &rcu::Guard,
 ) {
-    let index = queue.index();
-    if let (Some(own), Some(buffer)) = (
-        shared.queues.get(usize::from(index)),
-        shared.send.borrow(guard),
-    ) {
-        let batch = own.tx.batch.get(queue).and_then(|batch| batch.take());
-        let sender = Sender {
-            dev,
-            shared,
-            state: &own.tx,
-            index,
-            guard,
-        };
-        sender.flush(queue, buffer, batch);
-    }
+    with_sender(dev, shared, queue, guard, |sender, sending| {
+        sender.flush(sending);
+    });
+}
+
+/// Calls `f` with what sending by a queue needs, if all of that is there.
+#[inline]
+fn with_sender<R>(
+    dev: &Device<Netvsc>,
+    shared: &Shared,
+    queue: &mut TxQueue<'_>,
+    guard: &rcu::Guard,
+    f: impl FnOnce(&Sender<'_>, &mut Sending) -> R,
+) -> Option<R> {
+    let own = shared.queues.get(usize::from(queue.index()))?;
+    let buffer = shared.send.borrow(guard)?;
+    let (sending, control) = own.tx.sending.get(queue)?;
+    let sender = Sender {
+        dev,
+        shared,
+        own,
+        buffer,
+        control,
+        guard,
+    };
+    Some(f(&sender, sending))
 }
 
 /// Headers of a packet, ready but for the padding.
@@ -519,18 +584,27 @@ struct Headers {
     frame_len: u32,
 }
 
+/// Whether the packet with its headers can be described to the host as it is.
+#[inline]
+fn fits(skb: &SkBuff) -> bool {
+    /// Bytes in one piece that can be described wherever they begin.
+    const ALWAYS: u32 = ((PAGE_BUFFERS_MAX - HEADER_PAGES - 1) * HV_PAGE_SIZE) as u32;
+    (skb.is_linear() && skb.len() <= ALWAYS) || skb.pages() + HEADER_PAGES <= PAGE_BUFFERS_MAX
+}
+
 /// Makes the packet fit, and builds its headers.
+#[inline]
 fn prepare(
     dev: &Device<Netvsc>,
     skb: &mut SkBuff,
     events: &crate::stats::Events,
     headers: &mut Headers,
 ) -> Result {
-    if skb.pages() + HEADER_PAGES > PAGE_BUFFERS_MAX {
+    if !fits(skb) {
         events.tx_scattered.add(1);
         skb.linearize()
             .inspect_err(|_| events.tx_no_memory.add(1))?;
-        if skb.pages() + HEADER_PAGES > PAGE_BUFFERS_MAX {
+        if !fits(skb) {
             events.tx_too_big.add(1);
             return Err(E2BIG);
         }
@@ -559,183 +633,176 @@ impl Headers {
     }
 
     fn bytes(&self) -> &[u8] {
-        &self.bytes[..self.len as usize]
+        self.bytes.get(..self.len as usize).unwrap_or(&[])
     }
 }
 
-/// Where the data of a packet goes.
-enum Place {
-    /// Behind what is in the batch's section.
-    Append,
-    /// The headers there, the frame as ranges.
-    AppendHeaders,
-    /// Into a section of its own.
-    Section(u32),
-    /// As ranges.
+/// Where the frame of a packet goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Frame {
+    /// Into the section, behind the headers.
+    Section,
+    /// It is described as ranges.
     Ranges,
 }
 
-fn transmit_prepared(
-    sender: &Sender<'_>,
-    queue: &mut TxQueue<'_>,
-    buffer: &SendBuffer,
-    batch: &mut Option<Batch>,
-    mut skb: SkBuff,
-    headers: &mut Headers,
-) -> Result<Xmit> {
-    let events = &sender.dev.data().statistics.events;
-    let rndis = &sender.shared.rndis;
-    let alignment = rndis.alignment.load(Relaxed);
-    let len = headers.len + headers.frame_len;
-
-    let place = match batch {
-        Some(batch) if batch.count < rndis.max_packets.load(Relaxed) => {
-            if batch.len + len + alignment < buffer.section_size {
-                Some(Place::Append)
-            } else if batch.len + headers.len < buffer.section_size {
-                Some(Place::AppendHeaders)
-            } else {
-                None
-            }
-        }
-        _ => None,
-    };
-    let place = match place {
-        Some(place) => place,
-        None if len + alignment < buffer.section_size => match buffer.take() {
-            Some(section) => Place::Section(section),
-            None => {
-                events.tx_send_full.add(1);
-                Place::Ranges
-            }
-        },
-        None => Place::Ranges,
-    };
-
-    // What does not go on with the batch ends it.
-    if matches!(place, Place::Section(_) | Place::Ranges) {
-        sender.flush(queue, buffer, batch.take());
-    }
-    let old = batch.take();
-    let (section, offset) = match (&place, &old) {
-        (Place::Append | Place::AppendHeaders, Some(old)) => (old.message.section, old.len),
-        (Place::Section(section), _) => (*section, 0),
-        _ => (nvsp::INVALID_SECTION, 0),
-    };
-
-    // Put the data where it goes.
-    let more = queue.more() && !matches!(place, Place::AppendHeaders | Place::Ranges);
-    let padding = if more {
-        len.next_multiple_of(alignment) - len
-    } else {
-        0
-    };
-    // Where it is: it is large to move.
-    let mut ranges = GpaRanges::new();
-    let copied = match place {
-        Place::Append | Place::Section(_) => {
-            headers.add_padding(padding);
-            copy(buffer, section, offset, headers, Some(&skb), padding)
-        }
-        Place::AppendHeaders => copy(buffer, section, offset, headers, None, 0).and_then(|_| {
-            skb.for_each_piece(|pfn, offset, len| ranges.push(pfn, offset, len))?;
-            Ok(offset + headers.len)
-        }),
-        Place::Ranges => {
-            skb.write_head(headers.bytes())
-                .inspect_err(|_| events.tx_no_memory.add(1))
-                .and_then(|(pfn, offset, len)| ranges.push(pfn, offset, len))
-                .and_then(|()| {
-                    skb.for_each_piece(|pfn, offset, len| ranges.push(pfn, offset, len))
-                })?;
-            Ok(0)
-        }
-    };
-    let filled = match copied {
-        Ok(filled) => filled,
-        Err(e) => {
-            if old.is_none() && section != nvsp::INVALID_SECTION {
-                buffer.put(section);
-            }
-            *batch = old;
-            return Err(e);
-        }
-    };
-
-    let (packets, bytes, count) = old.as_ref().map_or((0, 0, 0), |old| {
-        (old.message.packets, old.message.bytes, old.count)
-    });
-    let message = InFlight {
-        section,
-        packets: packets + 1,
-        bytes: bytes + headers.frame_len,
-        limited: 0,
-        skb,
-    };
-    if more {
-        if let Some(old) = old {
-            old.message.skb.consume();
-        }
-        *batch = Some(Batch {
-            message,
-            len: filled,
-            count: count + 1,
-        });
-        return Ok(Xmit::Done);
-    }
-    let ranges = (!ranges.is_empty()).then_some(&mut ranges);
-    match sender.send(queue, message, filled, ranges) {
-        Ok(()) => {
-            if let Some(old) = old {
-                old.message.skb.consume();
-            }
-            Ok(Xmit::Done)
-        }
-        Err((failure, message)) => {
-            if old.is_none() && section != nvsp::INVALID_SECTION {
-                buffer.put(section);
-            }
-            // The packets before this one are still in the section.
-            *batch = old;
-            match failure {
-                Failure::Full => {
-                    events.tx_busy.add(1);
-                    Ok(Xmit::Busy(message.skb))
+impl Sender<'_> {
+    /// Finds a place in the batch's section, or in one of its own that becomes the batch's.
+    ///
+    /// A packet that has no place in a section has [`nvsp::INVALID_SECTION`].
+    #[inline]
+    fn find_place(&self, sending: &mut Sending, headers: &Headers) -> Frame {
+        let rndis = &self.shared.rndis;
+        let size = self.buffer.section_size;
+        let len = headers.len + headers.frame_len + rndis.alignment.load(Relaxed);
+        if sending.batch.skb.is_some() {
+            let message = &sending.batch.message;
+            if message.packets < rndis.max_packets.load(Relaxed) {
+                if message.section_len + len < size {
+                    return Frame::Section;
                 }
-                Failure::Other(e) => {
-                    if e == ENOSPC {
-                        events.tx_no_space.add(1);
+                if message.section_len + headers.len < size {
+                    return Frame::Ranges;
+                }
+            }
+            // What does not go on with the batch ends it.
+            self.flush(sending);
+        }
+        sending.batch.message = Message::EMPTY;
+        if len < size {
+            if let Some(section) = self.buffer.take() {
+                sending.batch.message.section = section;
+                return Frame::Section;
+            }
+            self.dev.data().statistics.events.tx_send_full.add(1);
+        }
+        Frame::Ranges
+    }
+
+    /// Transmits a packet whose headers are ready, or collects it.
+    #[inline]
+    fn transmit(
+        &self,
+        sending: &mut Sending,
+        mut skb: SkBuff,
+        headers: &mut Headers,
+    ) -> Result<Xmit> {
+        let events = &self.dev.data().statistics.events;
+        let place = self.find_place(sending, headers);
+        let Sending { batch, next } = sending;
+        let section = batch.message.section;
+        // Where it is: it is large to move.
+        let mut ranges = GpaRanges::new();
+        let more = place == Frame::Section && self.control.more();
+        let put = match place {
+            Frame::Section => {
+                let padding = if more {
+                    let len = headers.len + headers.frame_len;
+                    let alignment = self.shared.rndis.alignment.load(Relaxed);
+                    len.next_multiple_of(alignment) - len
+                } else {
+                    0
+                };
+                self.copy(&batch.message, headers, &skb, padding)
+            }
+            Frame::Ranges => self.describe(&batch.message, headers, &mut skb, &mut ranges),
+        };
+        let section_len = put.inspect_err(|_| self.give_up(batch))?;
+
+        let message = Message {
+            section,
+            section_len,
+            packets: batch.message.packets + 1,
+            bytes: batch.message.bytes + headers.frame_len,
+        };
+        if more {
+            batch.consume();
+            batch.skb = Some(skb);
+            batch.message = message;
+            return Ok(Xmit::Done);
+        }
+        let ranges = (place == Frame::Ranges).then_some(&mut ranges);
+        match self.send(next, skb, &message, ranges) {
+            Ok(()) => {
+                batch.consume();
+                Ok(Xmit::Done)
+            }
+            Err((failure, skb)) => {
+                self.give_up(batch);
+                match failure {
+                    Failure::Full => {
+                        events.tx_busy.add(1);
+                        Ok(Xmit::Busy(skb))
                     }
-                    Err(e)
+                    Failure::Other(e) => {
+                        if e == ENOSPC {
+                            events.tx_no_space.add(1);
+                        }
+                        Err(e)
+                    }
                 }
             }
         }
     }
-}
 
-/// Copies headers, and the frame if it is given, into a section from `offset` on. Returns where
-/// they end.
-fn copy(
-    buffer: &SendBuffer,
-    section: u32,
-    offset: u32,
-    headers: &Headers,
-    frame: Option<&SkBuff>,
-    padding: u32,
-) -> Result<u32> {
-    buffer
-        .bytes(section, offset, headers.len)?
-        .copy_from(headers.bytes())?;
-    let mut end = offset + headers.len;
-    if let Some(frame) = frame {
-        frame.copy_to_shared(&buffer.bytes(section, end, headers.frame_len)?)?;
-        end += headers.frame_len;
-        const ZEROES: [u8; 128] = [0; 128];
-        let zeroes = ZEROES.get(..padding as usize).ok_or(EINVAL)?;
-        buffer.bytes(section, end, padding)?.copy_from(zeroes)?;
-        end += padding;
+    /// A packet does not come into a section. If it was the first one there, nobody uses the section
+    /// any more; otherwise the packets before it are still there.
+    #[cold]
+    fn give_up(&self, batch: &Batch) {
+        if batch.skb.is_none() && batch.message.section != nvsp::INVALID_SECTION {
+            self.buffer.put(batch.message.section);
+        }
     }
-    Ok(end)
+
+    /// Copies a packet into a section behind what is there. Returns where it ends.
+    #[inline]
+    fn copy(
+        &self,
+        before: &Message,
+        headers: &mut Headers,
+        skb: &SkBuff,
+        padding: u32,
+    ) -> Result<u32> {
+        let len = headers.len + headers.frame_len + padding;
+        let room = self.buffer.bytes(before.section, before.section_len, len)?;
+        if padding != 0 {
+            headers.add_padding(padding);
+            const ZEROES: [u8; 128] = [0; 128];
+            let zeroes = ZEROES.get(..padding as usize).ok_or(EINVAL)?;
+            let end = (headers.len + headers.frame_len) as usize;
+            room.part(end, zeroes.len())?.copy_from(zeroes)?;
+        }
+        room.copy_from(headers.bytes())?;
+        skb.copy_to_shared(&room.part(headers.len as usize, headers.frame_len as usize)?)?;
+        Ok(before.section_len + len)
+    }
+
+    /// Describes a frame as ranges. Its headers go into the section, if there is one, or before the
+    /// frame. Returns where they end in the section.
+    #[inline]
+    fn describe(
+        &self,
+        before: &Message,
+        headers: &Headers,
+        skb: &mut SkBuff,
+        ranges: &mut GpaRanges,
+    ) -> Result<u32> {
+        let mut section_len = 0;
+        if before.section == nvsp::INVALID_SECTION {
+            let events = &self.dev.data().statistics.events;
+            let (pfn, offset, len) = skb
+                .write_head(headers.bytes())
+                .inspect_err(|_| events.tx_no_memory.add(1))?;
+            ranges.push(pfn, offset, len)?;
+        } else {
+            section_len = before.section_len + headers.len;
+            self.buffer
+                .bytes(before.section, before.section_len, headers.len)?
+                .copy_from(headers.bytes())?;
+        }
+        skb.for_each_piece(|pfn, offset, len| ranges.push(pfn, offset, len))?;
+        Ok(section_len)
+    }
 }
 
 /// The host has completed a message. Runs in the poll of the channel it was sent by.
@@ -750,7 +817,8 @@ pub(crate) fn complete(
     let dev = context.device();
     let statistics = &dev.data().statistics;
     let state = &shared.queues.get(usize::from(queue)).ok_or(ENOENT)?.tx;
-    let message = state.table.lock().remove(slot).ok_or(ENOENT)?;
+    let slot = state.slots.get(slot as usize).ok_or(ENOENT)?;
+    let message = slot.take().ok_or(ENOENT)?;
 
     if message.section != nvsp::INVALID_SECTION {
         if let Some(buffer) = shared.send.borrow(guard) {
