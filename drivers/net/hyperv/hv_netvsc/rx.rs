@@ -388,16 +388,19 @@ impl RxPoll {
         last: bool,
     ) -> Result {
         let dev = source.context.device();
-        let mut head = [0; rndis::HEADER_SIZE];
-        part(bytes, 0, &mut head).inspect_err(|_| {
-            if net_ratelimit() {
-                netdev_err!(dev, "Invalid rndis_msg (buflen: {})\n", bytes.len());
-            }
-        })?;
+        // Most messages are packets, whose header is read once.
+        let mut head = [0; rndis::PACKET_HEADER_SIZE];
+        if part(bytes, 0, &mut head).is_err() {
+            part(bytes, 0, &mut head[..rndis::HEADER_SIZE]).inspect_err(|_| {
+                if net_ratelimit() {
+                    netdev_err!(dev, "Invalid rndis_msg (buflen: {})\n", bytes.len());
+                }
+            })?;
+        }
         let (kind, len) = rndis::header(&head, bytes.len())
             .map_err(|error| invalid_packet(dev, error, bytes.len()))?;
         if kind == MessageType::PACKET {
-            return self.packet(source, bytes, offset, last);
+            return self.packet(source, bytes, &head, offset, last);
         }
 
         // Whatever else there is, is small. An indication can be longer than it says.
@@ -474,54 +477,56 @@ impl RxPoll {
         }
     }
 
-    /// Handles a packet, or a fragment of one.
+    /// Handles a packet, or a fragment of one, with the header `head`.
+    #[inline]
     fn packet(
         &mut self,
         source: &Source<'_>,
         bytes: &SharedBytes<'_>,
+        head: &[u8; rndis::PACKET_HEADER_SIZE],
         offset: u32,
         last: bool,
     ) -> Result {
         let dev = source.context.device();
         let have = bytes.len();
-        let mut head = [0; rndis::PACKET_HEADER_SIZE];
-        part(bytes, 0, &mut head).inspect_err(|_| {
+        if have < head.len() {
             if net_ratelimit() {
                 netdev_err!(dev, "invalid rndis pkt, data_buflen too small: {}\n", have);
             }
-        })?;
+            return Err(EINVAL);
+        }
         let layout =
-            rndis::packet_layout(&head, have).map_err(|error| invalid_packet(dev, error, have))?;
+            rndis::packet_layout(head, have).map_err(|error| invalid_packet(dev, error, have))?;
         let ppis = self.ppis.get_mut(..layout.ppis.len()).ok_or(EMSGSIZE)?;
         part(bytes, layout.ppis.start, ppis)?;
         let info = PacketInfo::collect(Ppis::new(ppis))
             .map_err(|error| invalid_packet(dev, error, have))?;
 
+        let (start, len) = (layout.frame.start, layout.frame.len());
         let flags = info.packet_id.map_or(0, |id| id.flags);
-        let complete = if flags & PacketId::SUBALLOCATION != 0 {
-            if flags & PacketId::FIRST != 0 {
-                self.fragments.clear();
-            } else if self.fragments.is_empty() {
-                // The beginning is missing.
-                return Err(EINVAL);
-            }
-            let complete = flags & PacketId::LAST != 0;
-            if !complete && last {
-                // The end is missing.
-                return Err(EINVAL);
-            }
-            complete
-        } else {
+        if flags & PacketId::SUBALLOCATION == 0 {
             self.fragments.clear();
-            true
-        };
+            let frame = bytes.part(start, len)?;
+            return self.deliver(source, &info, len as u32, core::iter::once(Ok(frame)));
+        }
+        if flags & PacketId::FIRST != 0 {
+            self.fragments.clear();
+        } else if self.fragments.is_empty() {
+            // The beginning is missing.
+            return Err(EINVAL);
+        }
+        let complete = flags & PacketId::LAST != 0;
+        if !complete && last {
+            // The end is missing.
+            return Err(EINVAL);
+        }
         if self.fragments.is_empty() {
             // What is said about the first fragment is true for all.
             self.info = info;
         }
         let fragment = Fragment {
-            offset: offset + layout.frame.start as u32,
-            len: layout.frame.len() as u32,
+            offset: offset + start as u32,
+            len: len as u32,
         };
         // The capacity is the most fragments that a packet can have.
         if self.fragments.push_within_capacity(fragment).is_err() {
@@ -530,14 +535,27 @@ impl RxPoll {
         if !complete {
             return Ok(());
         }
-        let result = self.deliver(source);
-        self.fragments.clear();
+        let (info, mut fragments) = (self.info, core::mem::take(&mut self.fragments));
+        let len = fragments.iter().map(|fragment| fragment.len).sum();
+        let pieces = fragments
+            .iter()
+            .map(|fragment| source.buffer.message(fragment.offset, fragment.len));
+        let result = self.deliver(source, &info, len, pieces);
+        fragments.clear();
+        self.fragments = fragments;
         result
     }
 
-    /// Copies a complete packet out of the receive buffer and gives it to the stack, unless a
-    /// program decides otherwise.
-    fn deliver(&mut self, source: &Source<'_>) -> Result {
+    /// Copies a complete packet of `len` bytes out of the receive buffer and gives it to the stack,
+    /// unless a program decides otherwise.
+    #[inline]
+    fn deliver<'a>(
+        &mut self,
+        source: &Source<'_>,
+        info: &PacketInfo,
+        len: u32,
+        mut pieces: impl Iterator<Item = Result<SharedBytes<'a>>>,
+    ) -> Result {
         let (context, index) = (source.context, source.shared.index);
         let dev = context.device();
         if !dev.is_registered() {
@@ -545,11 +563,6 @@ impl RxPoll {
         }
         let statistics = &dev.data().statistics;
         let stats = statistics.queues.get(usize::from(index)).ok_or(EINVAL)?;
-        let len = self.fragments.iter().map(|fragment| fragment.len).sum();
-        let fragments = || {
-            let pieces = self.fragments.iter();
-            pieces.map(|fragment| source.buffer.message(fragment.offset, fragment.len))
-        };
         let no_memory = |e: &Error| {
             if *e == ENOMEM {
                 statistics.events.rx_no_memory.add(1);
@@ -562,13 +575,13 @@ impl RxPoll {
                     .alloc_skb(len)
                     .ok_or(ENOMEM)
                     .inspect_err(no_memory)?;
-                for fragment in fragments() {
-                    skb.append(&fragment?)?;
+                for piece in pieces {
+                    skb.append(&piece?)?;
                 }
                 Outcome::Pass(skb)
             }
             Some(program) => xdp::run(context, program, stats, len, source.guard, |frame| {
-                fragments().try_for_each(|fragment| frame.append(&fragment?))
+                pieces.try_for_each(|piece| frame.append(&piece?))
             })
             .inspect_err(no_memory)?,
         };
@@ -578,18 +591,15 @@ impl RxPoll {
             Outcome::Gone => return Ok(()),
         };
 
-        let checksum = self.info.checksum.map(RxChecksum);
+        let checksum = info.checksum.map(RxChecksum);
         let has = |flags| checksum.is_some_and(|checksum| checksum.has(flags));
         let features = dev.features();
         let info = RxInfo {
             checksum_ok: features.contains(Features::RXCSUM)
                 && (has(RxChecksum::TCP_SUCCEEDED) || has(RxChecksum::UDP_SUCCEEDED)),
             compute_ip_checksum: has(RxChecksum::IP_VALUE_INVALID | RxChecksum::IP_SUCCEEDED),
-            hash: self
-                .info
-                .hash
-                .filter(|_| features.contains(Features::RXHASH)),
-            vlan_tci: self.info.vlan.map(|vlan| vlan.tci()),
+            hash: info.hash.filter(|_| features.contains(Features::RXHASH)),
+            vlan_tci: info.vlan.map(|vlan| vlan.tci()),
             queue: index,
         };
         let destination = skb.received(dev, &info)?;
@@ -669,8 +679,30 @@ fn invalid_packet(dev: &Device<Netvsc>, error: rndis::Error, have: usize) -> Err
 }
 
 /// Copies a part of a message that may change at any time.
+#[inline]
 fn part(bytes: &SharedBytes<'_>, start: usize, to: &mut [u8]) -> Result {
     bytes.part(start, to.len())?.copy_to(to)
+}
+
+/// Says what is wrong with the completion of a packet.
+#[cold]
+fn bad_completion(dev: &Device<Netvsc>, payload: &[u8]) {
+    if !net_ratelimit() {
+        return;
+    }
+    match nvsp::decode::<nvsp::SendRndisPacketComplete>(payload) {
+        Ok(answer) => netdev_err!(
+            dev,
+            "nvsp_rndis_pkt_complete error status: {:x}\n",
+            answer.status.get()
+        ),
+        Err(_) if payload.is_empty() => netdev_err!(dev, "Unexpected VMBUS completion!!\n"),
+        Err(_) => netdev_err!(
+            dev,
+            "nvsp_rndis_pkt_complete length too small: {}\n",
+            payload.len()
+        ),
+    }
 }
 
 /// The host has completed a packet of ours.
@@ -686,35 +718,16 @@ fn completed(
     let connection = &*shared.connection;
     let id = packet.transaction_id();
     let payload = packet.payload();
-    let status = || match nvsp::decode::<nvsp::SendRndisPacketComplete>(payload) {
-        Ok(answer) if answer.status.get() == nvsp::Status::SUCCESS.0 => {}
-        Ok(answer) => {
-            if net_ratelimit() {
-                netdev_err!(
-                    dev,
-                    "nvsp_rndis_pkt_complete error status: {:x}\n",
-                    answer.status.get()
-                );
-            }
-        }
-        Err(_) if payload.is_empty() => {
-            if net_ratelimit() {
-                netdev_err!(dev, "Unexpected VMBUS completion!!\n");
-            }
-        }
-        Err(_) => {
-            if net_ratelimit() {
-                netdev_err!(
-                    dev,
-                    "nvsp_rndis_pkt_complete length too small: {}\n",
-                    payload.len()
-                );
-            }
+    let check_status = || {
+        if !nvsp::decode(payload).is_ok_and(|answer: nvsp::SendRndisPacketComplete| {
+            answer.status.get() == nvsp::Status::SUCCESS.0
+        }) {
+            bad_completion(dev, payload);
         }
     };
     match Transaction::from_id(id) {
         Some(Transaction::Data { queue, slot }) => {
-            status();
+            check_status();
             match tx::complete(connection, context, ring, queue, slot, guard) {
                 // The poll of a queue's own channel alone may say what it has sent.
                 Ok(done) if queue == shared.index => sent.add(done),
@@ -726,7 +739,7 @@ fn completed(
             }
         }
         Some(Transaction::Rndis(_)) => {
-            status();
+            check_status();
             connection.rndis.page_read();
         }
         Some(Transaction::Nvsp(sequence)) => connection.control.complete(sequence, payload),
