@@ -346,16 +346,19 @@ fn run_files(context: &mut Context<'_>, all: bool) -> Result<()> {
     if context.check("the remote end answers through the host", || set_up(&guest)) {
         for (part, arguments) in parts {
             let mut cases = Vec::new();
-            context.check(
-                &format!("{}: {}.py {arguments}", part.name, part.file),
-                || {
-                    cases = run_part(&guest, part, arguments)?;
-                    judge(&cases, guest.drivers())
-                },
-            );
-            context.check(&format!("{}: nothing else is logged", part.name), || {
-                account_for(&guest, &LOGGED).map(drop)
+            let which = match arguments {
+                "" => "all cases",
+                some => some,
+            };
+            let title = format!("part {}: {}.py, {which}", part.name, part.file);
+            context.check(&title, || {
+                cases = run_part(&guest, part, arguments)?;
+                judge(&cases, guest.drivers())
             });
+            context.check(
+                &format!("part {}: nothing else is logged", part.name),
+                || account_for(&guest, &LOGGED).map(drop),
+            );
             for case in &cases {
                 if case.verdict != Verdict::Passed {
                     let word = case.verdict.word();
