@@ -259,14 +259,16 @@ impl<'a> Recorder<'a> {
         command: impl Fn(&Nic) -> String,
         quiet: Duration,
     ) -> Result<()> {
-        let mut codes = Vec::new();
-        for &nic in nics {
+        let all = nics.iter().map(|&nic| {
             let command = command(&self.guest.nics[nic]);
-            codes.push(self.guest.exit(&command, COMMAND * 2)?.code);
-        }
+            format!("({command}) >/dev/null 2>&1; echo $?; ")
+        });
+        let codes = self
+            .guest
+            .sh_within(&all.collect::<String>(), COMMAND * 2)?;
         self.settle(quiet)?;
-        for (&nic, code) in nics.iter().zip(codes) {
-            self.traces[nic].end(name, Some(code));
+        for (&nic, code) in nics.iter().zip(codes.lines()) {
+            self.traces[nic].end(name, Some(code.parse()?));
         }
         Ok(())
     }

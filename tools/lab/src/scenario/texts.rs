@@ -2,6 +2,9 @@
 //! What users and their programs read of hv_netvsc: ethtool, ip, sysfs, modinfo, and
 //! the kernel's log.
 
+use std::thread;
+use std::time::Duration;
+
 use lab_control::{Fault, Kind, Setting};
 use regex::Regex;
 
@@ -114,6 +117,11 @@ type Masks = &'static [(&'static str, &'static str)];
 /// The lines of the log that are compared.
 const LINES: &str = "hv_netvsc|joined to|VF |unable to|hv_vmbus: (un)?registering driver hv_netvsc";
 
+/// What the guest may take to read a message.
+const READ: Duration = Duration::from_millis(200);
+/// Where a step begins in the log.
+const MARK: &str = "lab: step ";
+
 /// Differences that are to stay.
 pub const KEPT: &[Kept] = &[];
 
@@ -183,7 +191,8 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     let mut log = Log {
         guest: &guest,
         text: String::new(),
-        steps: 0,
+        names: Vec::new(),
+        written: 0,
     };
     context.check("loading, opening and closing", || {
         log.shell("unload", "rmmod hv_netvsc")?;
@@ -207,14 +216,16 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
             nic.peer_v4()
         ))?;
         for &(name, kind, transaction, messages) in SENT {
-            log.step(name, || {
-                let messages = match messages {
-                    [] => vec![String::new()],
-                    _ => messages.iter().map(|message| message.to_string()).collect(),
-                };
-                guest.host.send_hex(&nic, kind, transaction, messages, 1)
-            })?;
+            let messages = match messages {
+                [] => vec![String::new()],
+                _ => messages.iter().map(|message| message.to_string()).collect(),
+            };
+            log.begin(name)?;
+            guest.host.send_hex(&nic, kind, transaction, messages, 1)?;
+            // Nothing tells that the guest has read it.
+            thread::sleep(READ);
         }
+        log.end()?;
         for status in [0, 2, 5] {
             log.step(&format!("completion with status {status}"), || {
                 guest.host.set(&nic, Setting::PacketStatus, Some(status))?;
@@ -264,30 +275,53 @@ fn show(guest: &Guest, text: &mut String) -> Result<()> {
 struct Log<'a> {
     guest: &'a Guest,
     text: String,
-    steps: u32,
+    /// The steps.
+    names: Vec<String>,
+    /// How many of them are in the text.
+    written: usize,
 }
 
 impl Log<'_> {
     /// Does something, and writes the lines that it has led to with their levels.
     fn step(&mut self, name: &str, act: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.steps += 1;
-        let mark = format!("lab: step {}", self.steps);
-        self.guest.sh(&format!("echo '{mark}' >/dev/kmsg"))?;
+        self.begin(name)?;
         act()?;
-        // Until nothing more comes.
+        self.end()
+    }
+
+    /// Begins a step. It ends with the next one, if the guest acts at once on what is done.
+    fn begin(&mut self, name: &str) -> Result<()> {
+        self.names.push(name.to_owned());
+        let mark = self.names.len();
+        self.guest.sh(&format!("echo '{MARK}{mark}' >/dev/kmsg"))?;
+        Ok(())
+    }
+
+    /// Ends the last step when nothing more comes, and writes all that are not written yet.
+    fn end(&mut self) -> Result<()> {
+        let first = self.written + 1;
         let command = format!(
             "old=; while new=$(dmesg | wc -l) && [ \"$new\" != \"$old\" ]; do old=$new; sleep 0.5; done; \
-             dmesg -x -t | sed '1,/{mark}$/d' | grep -E '{LINES}' || true"
+             dmesg -x -t | sed -n '/{MARK}{first}$/,$p' | grep -E '{MARK}|{LINES}'"
         );
         // It depends on udev when the VF gets its name.
         let names = ["eth1".to_owned(), self.guest.nics[0].vf_name()];
-        let last = names.iter().fold(self.guest.sh(&command)?, |text, name| {
+        let text = names.iter().fold(self.guest.sh(&command)?, |text, name| {
             text.replace(name, "<VF>")
         });
-        // Some lines come once a packet.
-        let mut lines: Vec<&str> = last.lines().collect();
-        lines.dedup();
-        section(&mut self.text, name, lines);
+        let mut lines = text.lines().peekable();
+        for name in &self.names[self.written..] {
+            // The mark.
+            lines.next();
+            let mut own = Vec::new();
+            while let Some(line) = lines.next_if(|line| !line.contains(MARK)) {
+                own.push(line);
+            }
+            // Some lines come once a packet.
+            own.dedup();
+            section(&mut self.text, name, own);
+        }
+        self.written = self.names.len();
         Ok(())
     }
 
@@ -377,5 +411,5 @@ fn story(log: &mut Log<'_>, nic: &Nic) -> Result<()> {
         host.add_vf(nic)?;
         bonded(guest, nic)
     })?;
-    log.shell("unload", "rmmod hv_netvsc")
+    log.shell("unload with a VF", "rmmod hv_netvsc")
 }
