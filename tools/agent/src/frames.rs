@@ -110,6 +110,8 @@ pub struct ReceiveReport {
     pub reordered: u32,
     /// Frames that never came.
     pub lost: u32,
+    /// The sequence numbers of the first ones of them.
+    pub missing: Vec<usize>,
     /// Size of the smallest and the largest frame.
     pub smallest: usize,
     /// See `smallest`.
@@ -353,6 +355,8 @@ pub fn receive(options: &ReceiveOptions) -> io::Result<ReceiveReport> {
         }
     }
     report.lost = common.count - report.received;
+    let missing = seen.iter().enumerate().filter(|(_, &seen)| !seen);
+    report.missing = missing.map(|(sequence, _)| sequence).take(10).collect();
     if report.received == 0 {
         report.smallest = 0;
     }

@@ -147,7 +147,13 @@ impl<'a> Link<'a> {
         let sent = self.guest.sh_within(&command, Duration::from_secs(180))?;
         let sent: frames::SendReport = report(&command, &sent)?;
         let received: frames::ReceiveReport = receiver.report(Duration::from_secs(40))?;
-        complete(&sent, &received, count, largest)
+        complete(&sent, &received, count, largest).map_err(|error| {
+            let counters = self.guest.sh(&format!(
+                "ip -s link show {0}; tc -s qdisc show dev {0}; ethtool -S {0} | grep -v ': 0$'",
+                self.interface
+            ));
+            format!("{error}\n{}", counters.unwrap_or_default()).into()
+        })
     }
 
     /// The other way.
