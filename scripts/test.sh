@@ -112,6 +112,9 @@ elif [ $lint_only = no ]; then
 	# that hangs: every check has a deadline of its own.
 	counted "scenarios" 's/^([0-9]+) passed, ([0-9]+) failed$/\1 \2/p' \
 		timeout -k 30 55m "$top/scripts/lab.sh" test --output "$build/lab-output"
+	# Fails on no figure, only when one could not be measured.
+	check "the benchmark gives every figure" \
+		timeout -k 30 15m "$top/scripts/lab.sh" bench --quick --output "$build/bench-quick"
 fi
 
 say "all done ($(took))"
