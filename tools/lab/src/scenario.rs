@@ -153,6 +153,10 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// The usual fq_codel drops frames that have waited for some time, as they do where a queue limits
+/// the bytes on their way (BQL) and the host is slow. The checks count frames.
+const QDISC: &str = "sysctl.net.core.default_qdisc=pfifo_fast";
+
 /// A scenario.
 struct Scenario {
     name: &'static str,
@@ -328,7 +332,11 @@ impl<'a> Context<'a> {
         ));
         let _ = fs::remove_dir_all(&folder);
         let start = Instant::now();
-        let guest = match Guest::boot(self.lab, self.drivers, boot, &folder) {
+        let boot = Boot {
+            append: format!("{QDISC} {}", boot.append),
+            ..boot.clone()
+        };
+        let guest = match Guest::boot(self.lab, self.drivers, &boot, &folder) {
             Ok(guest) => guest,
             Err(error) => {
                 self.keep(&folder);
