@@ -618,6 +618,12 @@ impl AtomicSkBuff {
     }
 }
 
+impl Default for AtomicSkBuff {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Drop for AtomicSkBuff {
     fn drop(&mut self) {
         self.take();

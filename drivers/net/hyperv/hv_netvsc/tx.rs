@@ -745,8 +745,8 @@ impl Sender<'_> {
         }
     }
 
-    /// A packet does not come into a section. If it was the first one there, nobody uses the section
-    /// any more; otherwise the packets before it are still there.
+    /// A packet does not come into a section. If it was the first one there, nobody uses the
+    /// section any more; otherwise the packets before it are still there.
     #[cold]
     fn give_up(&self, batch: &Batch) {
         if batch.skb.is_none() && batch.message.section != nvsp::INVALID_SECTION {
