@@ -70,7 +70,7 @@ const PARTS: &[Part] = &[
     part("napi_threaded", 200, "", Some("")),
     part("hds", 200, "", Some("")),
     part("ring_reconfig", 400, "", Some("-t channels")),
-    part("netpoll_basic", 300, "", Some("-t test_netpoll")),
+    part("netpoll_basic", 300, "", None),
     part("ping", 1200, "", Some("-t test_default_v4")),
     part(
         "xdp",
