@@ -243,8 +243,8 @@ const KNOWN: &[Known] = &[
     known(
         r"xdp\.test_xdp_native_qstats\..*",
         FAIL,
-        PASS,
-        "the stock driver has no counters of queues",
+        CHANCE,
+        "the stock driver has no counters of queues; a busy machine loses some of 1000 datagrams",
     ),
     known(
         r"gro\.test\.sw_pppoev[46]_data_(same|lrg_sml|lrg_1byte|burst)",
