@@ -18,6 +18,7 @@ mod four_nics;
 mod frames;
 mod guest;
 mod host;
+mod kexec;
 pub mod level1;
 mod messages;
 mod namespaces;
@@ -260,6 +261,11 @@ const SCENARIOS: &[Scenario] = &[
         name: texts::NAME,
         title: "what there is to read: ethtool, ip, sysfs, modinfo and the kernel's log",
         run: texts::run,
+    },
+    Scenario {
+        name: "kexec",
+        title: "one kernel starts another, with and without VF",
+        run: kexec::run,
     },
     Scenario {
         name: "selftests",
