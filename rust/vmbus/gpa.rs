@@ -62,12 +62,6 @@ impl GpaRanges {
         }
     }
 
-    /// Whether there is no range.
-    #[inline]
-    pub fn is_empty(&self) -> bool {
-        self.used == 0
-    }
-
     /// Appends the range of `len` bytes that begins at `offset` in the page `pfn`. An empty one is
     /// left out.
     ///
