@@ -4,16 +4,17 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::guest::{Boot, Guest, Nic};
+use super::suspend::{persistent_memory, taken_over};
 use super::traffic::Link;
 use super::vf::bonded;
 use super::{ensure, Context, Result};
 
 /// How often.
 const ROUNDS: usize = 2;
-/// What a start may take.
+/// What writing the archive, or a start, may take.
 const START: Duration = Duration::from_secs(120);
 /// Size of the persistent memory in which the guest finds the kernel.
 const SIZE: u64 = 64 << 20;
@@ -63,7 +64,7 @@ fn kexec(context: &mut Context<'_>, pmem: &Path) -> Result<()> {
                 "(ping -q -f {} & sleep 1; kexec -e) </dev/null >/dev/null 2>&1 &",
                 nic.peer_v4()
             ))?;
-            started(&guest)
+            taken_over(&guest, "test ! -e /tmp/before", START)
         });
         context.check(&format!("packets pass with kernel {round}"), || {
             if vf {
@@ -77,8 +78,7 @@ fn kexec(context: &mut Context<'_>, pmem: &Path) -> Result<()> {
 
 /// Loads the kernel, and an archive of all files that there are.
 fn prepare(guest: &Guest, kernel: u64) -> Result<()> {
-    guest.sh("modprobe -a nfit nd_pmem")?;
-    guest.wait_until("test -b /dev/pmem0", Duration::from_secs(20))?;
+    persistent_memory(guest)?;
     guest.sh_within(
         &format!(
             "head -c {kernel} /dev/pmem0 >/tmp/kernel && mkdir -p /tmp/root && mount --bind / /tmp/root && \
@@ -89,19 +89,4 @@ fn prepare(guest: &Guest, kernel: u64) -> Result<()> {
         START,
     )?;
     Ok(())
-}
-
-/// Waits until the new kernel answers.
-fn started(guest: &Guest) -> Result<()> {
-    let deadline = Instant::now() + START;
-    loop {
-        // What is sent while one kernel takes over from the other is lost.
-        match guest.exit("test -e /tmp/before", Duration::from_secs(5)) {
-            Ok(exit) if exit.code != 0 => return Ok(()),
-            result if Instant::now() >= deadline => {
-                return Err(format!("it does not start; last answer: {result:?}").into());
-            }
-            _ => std::thread::sleep(Duration::from_millis(200)),
-        }
-    }
 }

@@ -83,7 +83,7 @@ fn hibernate(context: &mut Context<'_>, pmem: &Path) -> Result<()> {
             "the new guest is the old one".into()
         })?;
         guest.sh("(sleep 1; cat /sys/class/block/pmem0/dev >/sys/power/resume) </dev/null >/dev/null 2>&1 &")?;
-        awake(&guest)
+        taken_over(&guest, "test -e /root/before", SLEEP)
     });
     context.check(
         "all settings are as they were there, and packets pass",
@@ -108,20 +108,20 @@ fn hibernate(context: &mut Context<'_>, pmem: &Path) -> Result<()> {
 }
 
 /// Waits for the persistent memory, whose devices come one after the other.
-fn persistent_memory(guest: &Guest) -> Result<()> {
+pub fn persistent_memory(guest: &Guest) -> Result<()> {
     guest.sh("modprobe -a nfit nd_pmem")?;
     guest.wait_until("test -b /dev/pmem0", Duration::from_secs(20))
 }
 
-/// Waits until the guest that hibernated answers.
-fn awake(guest: &Guest) -> Result<()> {
-    let deadline = Instant::now() + SLEEP;
+/// Waits until a kernel that takes over from another one answers, for which `condition` holds.
+pub fn taken_over(guest: &Guest, condition: &str, limit: Duration) -> Result<()> {
+    let deadline = Instant::now() + limit;
     loop {
         // What is sent while one kernel takes over from the other is lost.
-        match guest.exit("test -e /root/before", Duration::from_secs(5)) {
+        match guest.exit(condition, Duration::from_secs(5)) {
             Ok(exit) if exit.code == 0 => return Ok(()),
             result if Instant::now() >= deadline => {
-                return Err(format!("it does not wake up; last answer: {result:?}").into());
+                return Err(format!("no kernel takes over; last answer: {result:?}").into());
             }
             _ => std::thread::sleep(Duration::from_millis(200)),
         }
