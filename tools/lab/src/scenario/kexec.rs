@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::guest::{Boot, Guest, Nic};
 use super::suspend::{persistent_memory, taken_over};
 use super::traffic::Link;
-use super::vf::bonded;
+use super::vf::{bonded, load_order};
 use super::{ensure, Context, Result};
 
 /// How often.
@@ -47,6 +47,7 @@ fn kexec(context: &mut Context<'_>, pmem: &Path) -> Result<()> {
     })?;
     let nic = guest.nics[0].clone();
     let link = Link::new(&guest, lab, &nic);
+    load_order(&guest)?;
     for round in 1..=ROUNDS {
         let vf = round == ROUNDS;
         let name = format!(

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::ending::account_for;
 use super::guest::{Boot, Guest, Nic};
-use super::vf::bonded;
+use super::vf::{bonded, load_order};
 use super::{ensure, Context, Drivers, Result};
 
 /// What a device may take to follow another one.
@@ -273,11 +273,7 @@ fn driver_first(guest: &Guest, nic: &Nic) -> Result<()> {
 /// Loading the VF's driver loads hv_netvsc first.
 fn softdep(guest: &Guest, nic: &Nic) -> Result<()> {
     no_drivers(guest)?;
-    let file = "/etc/modprobe.d/hyperv-rust.conf";
-    let text = include_str!("../../../../scripts/modprobe.conf");
-    guest.sh(&format!(
-        "mkdir -p /etc/modprobe.d && cat >{file} <<'END'\n{text}END\n"
-    ))?;
+    let file = load_order(guest)?;
     shown(guest, || {
         guest.sh("modprobe mana")?;
         guest.sh("ip link set eth0 up")?;

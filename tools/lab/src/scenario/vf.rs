@@ -169,6 +169,18 @@ fn in_order(lines: &[String], patterns: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// Has modprobe and udev load hv_netvsc before drivers of VFs, as an installation has it. Gives the file to remove.
+///
+/// Else the VF may come first, and is eth0 until udev renames it.
+pub fn load_order(guest: &Guest) -> Result<&'static str> {
+    let file = "/etc/modprobe.d/hyperv-rust.conf";
+    let text = include_str!("../../../../scripts/modprobe.conf");
+    guest.sh(&format!(
+        "mkdir -p /etc/modprobe.d && cat >{file} <<'END'\n{text}END\n"
+    ))?;
+    Ok(file)
+}
+
 /// How `ip` shows the two interfaces.
 pub fn slave(guest: &Guest, nic: &Nic) -> Result<()> {
     let name = nic.vf_name();
