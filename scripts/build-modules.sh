@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# Builds hv_netvsc.ko and hv_pci.ko.
+# Builds hv_netvsc.ko and hv_pci.ko, and in stripped/ the same without what only
+# debuggers read, as they are installed.
 #
 # usage: build-modules.sh OUTPUT_FOLDER [VARIABLE=VALUE of kbuild]...
 #
@@ -40,5 +41,9 @@ out=$(realpath "$out")
 exec 9>"$out/.lock"
 flock 9
 "${run[@]}" make --no-print-directory -C "$kdir" M="$top" MO="$out" -j"$(nproc)" modules "$@" 9>&-
+mkdir -p "$out/stripped"
+for module in "$out"/*.ko; do
+	"${run[@]}" strip --strip-debug -p -o "$out/stripped/${module##*/}" "$module"
+done
 # What sudo makes belongs to whom called it.
 [ -z "${SUDO_UID:-}" ] || chown -R "$SUDO_UID:${SUDO_GID:-$SUDO_UID}" "$out"

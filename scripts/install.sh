@@ -63,9 +63,10 @@ if [ "$1" = --uninstall ]; then
 	exit
 fi
 
+built=$1/stripped
 for module in "${modules[@]}"; do
-	[ -e "$1/$module" ] || die "$1/$module is not built yet" "make"
-	built_for=$(tr '\0' '\n' <"$1/$module" | sed -n 's/^vermagic=\([^ ]*\).*/\1/p')
+	[ -e "$built/$module" ] || die "$1/$module is not built yet" "make"
+	built_for=$(tr '\0' '\n' <"$built/$module" | sed -n 's/^vermagic=\([^ ]*\).*/\1/p')
 	[ "$built_for" = "$release" ] ||
 		die "$module was built for kernel $built_for, the running one is $release" \
 			"make KERNEL=$release, then make install" \
@@ -77,7 +78,7 @@ folder=$base/lib/modules/$release
 
 mkdir -p "$folder/updates"
 for module in "${modules[@]}"; do
-	install -m 644 "$1/$module" "$folder/updates/$module"
+	install -m 644 "$built/$module" "$folder/updates/$module"
 	say "installed $folder/updates/$module"
 done
 install -D -m 644 "$(dirname "$0")/modprobe.conf" "$modprobe_conf"

@@ -49,7 +49,7 @@ fi
 release=$(cat "$tree/release")
 export HVLAB_KERNEL=/kernel/image/usr/lib/modules/$release/vmlinuz
 export HVLAB_IMAGE=$image
-export HVLAB_MODULES=$top/build
+export HVLAB_MODULES=$top/build/stripped
 if wants_selftests "$@"; then
 	HVLAB_SELFTESTS=$(make_archive make-selftests)
 	export HVLAB_SELFTESTS

@@ -87,8 +87,9 @@ chmod +x "$work/bin/mmdebstrap"
 expect "no mirror of Debian" "knows no mirror of Debian" "HYPERV_RUST_MIRROR" \
 	env PATH="$work/bin" HYPERV_RUST_MIRROR= HYPERV_RUST_CACHE="$work/cache" "$top/scripts/build-root.sh"
 
-mkdir "$work/built"
-printf 'vermagic=1.2.3-other SMP\0' | tee "$work/built/hv_netvsc.ko" >"$work/built/hv_pci.ko"
+mkdir -p "$work/built/stripped"
+printf 'vermagic=1.2.3-other SMP\0' |
+	tee "$work/built/stripped/hv_netvsc.ko" >"$work/built/stripped/hv_pci.ko"
 expect "installing for another kernel" "was built for kernel 1.2.3-other" "make KERNEL=" \
 	"$top/scripts/install.sh" "$work/built"
 expect "installing before building" "is not built yet" "make" "$top/scripts/install.sh" "$work/none"
