@@ -29,6 +29,8 @@ pub mod code {
     pub const SIGNAL_EVENT: u16 = 0x5d;
     /// `HvRetargetDeviceInterrupt`.
     pub const RETARGET_INTERRUPT: u16 = 0x7e;
+    /// `HvModifySparseGpaPageHostVisibility`, a rep call.
+    pub const MODIFY_SPARSE_GPA_PAGE_HOST_VISIBILITY: u16 = 0xdb;
     /// Reads memory-mapped I/O space.
     pub const MMIO_READ: u16 = 0x106;
     /// Writes to memory-mapped I/O space.

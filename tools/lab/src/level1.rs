@@ -24,8 +24,9 @@ use crate::cpio::Archive;
 use crate::signals;
 use crate::terminal::Keyboard;
 
-/// Processor of level 1: AMD's virtualization, no XSAVE (inconsistent for nested guests under emulation).
-const CPU: &str = "Opteron_G3,-misalignsse,+svm,+npt,+x2apic";
+/// Processor of level 1: AMD's virtualization, no XSAVE (inconsistent for nested guests under emulation), and RDRAND for
+/// isolated guests.
+const CPU: &str = "Opteron_G3,-misalignsse,+svm,+npt,+x2apic,+rdrand";
 /// Kernel arguments of level 1.
 ///
 /// At each exit of a nested guest QEMU 10.0 clears a bit in the word of pending interrupts without atomics: what

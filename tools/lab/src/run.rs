@@ -90,6 +90,9 @@ pub struct Args {
     /// to it when the guest ends; its length is a multiple of 2 MiB
     #[arg(long, value_name = "FILE")]
     pub pmem: Option<PathBuf>,
+    /// Isolate the guest's memory from the host, but for what it shares
+    #[arg(long)]
+    pub isolated: bool,
     /// Words to add to the guest's kernel command line
     #[arg(
         long,
@@ -185,6 +188,9 @@ impl Args {
         }
         if self.log_bytes {
             args.push("--log-bytes".to_owned());
+        }
+        if self.isolated {
+            args.push("--isolated".to_owned());
         }
         args.extend(self.host.to_args());
         let mut env = Vec::new();
@@ -341,6 +347,7 @@ pub fn run(args: &Args) -> Result<i32> {
         cpus: args.cpus,
         memory: u64::from(args.memory) << 20,
         pmem: args.pmem.clone(),
+        isolated: args.isolated,
         console,
         agent: args.agent.clone(),
         low_mmio: vmm::LOW_MMIO,

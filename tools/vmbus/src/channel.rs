@@ -53,6 +53,9 @@ pub enum RecvError {
     /// The guest sent a packet whose ranges make no sense.
     #[error("packet with bad ranges: {0}")]
     Ranges(RangeError),
+    /// The guest sent a packet with pages that it hides from the host.
+    #[error("packet with pages that the guest hides from the host")]
+    Hidden,
 }
 
 /// Why a packet was not sent.
@@ -388,7 +391,15 @@ impl Channel {
             inbound.reader.mask();
             inbound.masked = true;
         }
-        let packet = copy_packet(&inbound.reader, &incoming);
+        let packet = copy_packet(&inbound.reader, &incoming).and_then(|packet| {
+            let hidden = |range: &GpaRange| !range.is_shared(&*self.platform);
+            match &packet.kind {
+                PacketKind::GpaDirect(ranges) if ranges.iter().any(hidden) => {
+                    Err(RecvError::Hidden)
+                }
+                _ => Ok(packet),
+            }
+        });
         inbound.reader.advance(incoming);
         if inbound.reader.publish() {
             self.interrupt_guest();

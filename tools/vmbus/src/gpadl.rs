@@ -13,7 +13,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::{
     lock,
     memory::{AccessError, GpaRange},
-    Counter, Guid,
+    Counter, Guid, Platform,
 };
 
 /// Access to a GPADL failed.
@@ -161,6 +161,8 @@ pub(crate) enum EstablishError {
     TooLong,
     #[error("pages that the guest does not have")]
     NoMemory,
+    #[error("pages that the guest hides from the host")]
+    Hidden,
 }
 
 impl PartialGpadl {
@@ -184,7 +186,8 @@ impl PartialGpadl {
     }
 
     /// Makes the GPADL of the complete range buffer.
-    pub(crate) fn finish(self, id: u32, memory: &GuestMemoryMmap) -> Result<Gpadl, EstablishError> {
+    pub(crate) fn finish(self, id: u32, platform: &dyn Platform) -> Result<Gpadl, EstablishError> {
+        let memory = platform.memory();
         if self.range_count == 0 {
             return Err(EstablishError::NoRange);
         }
@@ -194,6 +197,9 @@ impl PartialGpadl {
             let range = GpaRange::from(range.map_err(EstablishError::Range)?);
             if !range.is_in(memory) {
                 return Err(EstablishError::NoMemory);
+            }
+            if !range.is_shared(platform) {
+                return Err(EstablishError::Hidden);
             }
             length += range.len();
             ranges.push(range);

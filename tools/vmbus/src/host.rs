@@ -1097,7 +1097,7 @@ impl Control {
         let Some(partial) = partial else {
             return;
         };
-        match complete.and_then(|()| partial.finish(id, shared.platform.memory())) {
+        match complete.and_then(|()| partial.finish(id, &*shared.platform)) {
             Ok(gpadl) => {
                 shared.gpadls.insert(gpadl);
                 self.gpadl_created(relid, id, status::SUCCESS);

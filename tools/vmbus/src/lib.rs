@@ -44,6 +44,11 @@ pub trait Platform: Send + Sync {
     /// Memory of the guest.
     fn memory(&self) -> &GuestMemoryMmap;
 
+    /// Whether the host may access a page. It may access all, unless the guest is isolated.
+    fn is_shared(&self, _pfn: u64) -> bool {
+        true
+    }
+
     /// Number of virtual processors.
     fn vp_count(&self) -> u32;
 

@@ -10,6 +10,8 @@ use hyperv_wire::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
+use crate::Platform;
+
 /// Access to described memory failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AccessError {
@@ -110,6 +112,11 @@ impl GpaRange {
                 .ok_or(AccessError::NoMemory)
         })
         .is_ok()
+    }
+
+    /// Whether the guest lets the host access all pages of the range.
+    pub(crate) fn is_shared(&self, platform: &dyn Platform) -> bool {
+        self.pfns.iter().all(|&pfn| platform.is_shared(pfn))
     }
 
     /// Copies out of the range.

@@ -656,6 +656,22 @@ fn bad_gpadls_are_refused() {
 }
 
 #[test]
+fn gpadls_of_hidden_pages_are_refused() {
+    let guest = connected(Version::V5_3);
+    guest.add(Echo::new("net0", NET));
+    guest.request_offers();
+    guest.hide(42);
+    guest.gpadl(1, 0x900, &[41, 42], 8192);
+    let created: GpadlCreated = guest.expect(MessageType::GPADL_CREATED);
+    assert_ne!(created.status.get(), 0);
+    guest.assert_protocol_errors(1);
+    assert_eq!(guest.usage().gpadls, 0);
+    guest.hide(43);
+    guest.establish(1, 0x900, &[41, 42], 8192);
+    guest.assert_protocol_errors(1);
+}
+
+#[test]
 fn channels_move_to_another_processor() {
     for version in Version::ALL {
         let guest = connected(version);

@@ -198,6 +198,29 @@ fn packets_from_the_guest_are_decoded() {
 }
 
 #[test]
+fn packets_with_hidden_pages_are_errors() {
+    let (guest, _, mut rings, channel) = opened();
+    // One range of two pages.
+    const HEADER: [u8; 32] = {
+        let mut header = [0; 32];
+        header[4] = 1;
+        header[9] = 0x20;
+        header[16] = 0x20;
+        header[24] = 0x30;
+        header
+    };
+    let direct = packet(PacketType::DATA_USING_GPA_DIRECT, &HEADER, &[]);
+    guest.hide(0x30);
+    rings.write(&direct);
+    assert_eq!(channel.recv(), Err(RecvError::Hidden));
+    // It is consumed: what follows is still a packet.
+    guest.hide(0x31);
+    rings.write(&direct);
+    assert!(matches!(channel.recv(), Ok(Some(_))));
+    assert_eq!(channel.recv(), Ok(None));
+}
+
+#[test]
 fn packets_with_bad_headers_are_errors() {
     for (packet_type, header) in [
         (PacketType::DATA_USING_GPA_DIRECT, &[][..]),

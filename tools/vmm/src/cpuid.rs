@@ -3,6 +3,8 @@
 
 use kvm_bindings::{kvm_cpuid_entry2, CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
 
+use crate::layout;
+
 /// First leaf of the hypervisor range.
 const HYPERVISOR_BASE: u32 = 0x4000_0000;
 /// One past the last leaf of the hypervisor range.
@@ -25,6 +27,7 @@ const TSC_INVARIANT: u32 = 1 << 15;
 // EBX.
 const POST_MESSAGES: u32 = 1 << 4;
 const SIGNAL_EVENTS: u32 = 1 << 5;
+const ISOLATION: u32 = 1 << 22;
 // EDX.
 const FREQUENCY_MSRS: u32 = 1 << 8;
 const CRASH_MSRS: u32 = 1 << 10;
@@ -32,11 +35,19 @@ const DIRECT_STIMERS: u32 = 1 << 19;
 // Leaf 0x40000004, EAX: recommendations.
 const RELAXED_TIMING: u32 = 1 << 5;
 
+// Leaf 0x4000000c, EBX: isolation by virtualisation-based security, without a paravisor; shared memory is
+// accessed at addresses with a bit of their own.
+const ISOLATION_VBS: u32 = 1;
+const SHARED_BOUNDARY_ACTIVE: u32 = 1 << 5;
+const SHARED_BOUNDARY_BITS: u32 = 6;
+
 const LEAF_FEATURES: u32 = 1;
 const FEATURES_ECX_X2APIC: u32 = 1 << 21;
+const FEATURES_ECX_RDRAND: u32 = 1 << 30;
 const FEATURES_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const FEATURES_ECX_HYPERVISOR: u32 = 1 << 31;
 const FEATURES_EDX_HTT: u32 = 1 << 28;
+const LEAF_SIZES: u32 = 0x8000_0008;
 const LEAF_POWER: u32 = 0x8000_0007;
 const POWER_EDX_INVARIANT_TSC: u32 = 1 << 8;
 
@@ -47,6 +58,8 @@ pub struct Config {
     pub cpus: u32,
     /// KVM has the TSC deadline timer.
     pub tsc_deadline: bool,
+    /// The guest's memory is isolated from the host.
+    pub isolated: bool,
 }
 
 fn words(text: &[u8; 12]) -> [u32; 3] {
@@ -65,7 +78,7 @@ fn entry(function: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
 }
 
 /// Hyper-V's leaves. `invariant_tsc`: the processor's time stamp counter never stops.
-fn hyperv(invariant_tsc: bool) -> Vec<kvm_cpuid_entry2> {
+fn hyperv(invariant_tsc: bool, isolated: bool) -> Vec<kvm_cpuid_entry2> {
     let [ebx, ecx, edx] = words(b"Microsoft Hv");
     let mut privileges = VP_RUNTIME
         | TIME_REF_COUNT
@@ -80,8 +93,13 @@ fn hyperv(invariant_tsc: bool) -> Vec<kvm_cpuid_entry2> {
     if invariant_tsc {
         privileges |= TSC_INVARIANT;
     }
-    vec![
-        entry(HYPERVISOR_BASE, [HYPERVISOR_BASE + 6, ebx, ecx, edx]),
+    let mut rights = POST_MESSAGES | SIGNAL_EVENTS;
+    if isolated {
+        rights |= ISOLATION;
+    }
+    let last = HYPERVISOR_BASE + if isolated { 0xc } else { 6 };
+    let mut entries = vec![
+        entry(HYPERVISOR_BASE, [last, ebx, ecx, edx]),
         entry(HYPERVISOR_BASE + 1, [u32::from_le_bytes(*b"Hv#1"), 0, 0, 0]),
         // Build 20348 of version 10.0.
         entry(HYPERVISOR_BASE + 2, [20348, 10 << 16, 0, 0]),
@@ -89,7 +107,7 @@ fn hyperv(invariant_tsc: bool) -> Vec<kvm_cpuid_entry2> {
             HYPERVISOR_BASE + 3,
             [
                 privileges,
-                POST_MESSAGES | SIGNAL_EVENTS,
+                rights,
                 0,
                 FREQUENCY_MSRS | CRASH_MSRS | DIRECT_STIMERS,
             ],
@@ -99,7 +117,14 @@ fn hyperv(invariant_tsc: bool) -> Vec<kvm_cpuid_entry2> {
         entry(HYPERVISOR_BASE + 4, [RELAXED_TIMING, u32::MAX, 0, 0]),
         entry(HYPERVISOR_BASE + 5, [MAX_VPS, MAX_VPS, 0, 0]),
         entry(HYPERVISOR_BASE + 6, [0, 0, 0, 0]),
-    ]
+    ];
+    if isolated {
+        entries.extend((7..0xc).map(|leaf| entry(HYPERVISOR_BASE + leaf, [0; 4])));
+        let config =
+            ISOLATION_VBS | SHARED_BOUNDARY_ACTIVE | (layout::SHARED_BIT << SHARED_BOUNDARY_BITS);
+        entries.push(entry(HYPERVISOR_BASE + 0xc, [0, config, 0, 0]));
+    }
+    entries
 }
 
 /// Number of APIC id bits that count processors within the package.
@@ -136,7 +161,7 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, config: Config, id: u32) {
                 entry.eax = entry.eax & 0x3fff | (sharing << 14) | (((1 << shift) - 1) << 26);
             }
             // AMD's count of cores and width of the core id.
-            0x8000_0008 => entry.ecx = (config.cpus - 1) | (shift << 12),
+            LEAF_SIZES => entry.ecx = (config.cpus - 1) | (shift << 12),
             // AMD's caches, the same way as Intel's.
             0x8000_001d if entry.eax & 0x1f != 0 => {
                 let level = (entry.eax >> 5) & 7;
@@ -174,7 +199,23 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, config: Config, id: u32) {
     let invariant_tsc = entries
         .iter()
         .any(|entry| entry.function == LEAF_POWER && entry.edx & POWER_EDX_INVARIANT_TSC != 0);
-    entries.extend(hyperv(invariant_tsc));
+    entries.extend(hyperv(invariant_tsc, config.isolated));
+}
+
+/// Why a guest cannot be isolated with what KVM supports.
+pub fn isolation_obstacle(supported: &[kvm_cpuid_entry2]) -> Option<String> {
+    let leaf = |function| supported.iter().find(|entry| entry.function == function);
+    let width = leaf(LEAF_SIZES).map_or(0, |entry| entry.eax & 0xff);
+    if leaf(LEAF_FEATURES).is_none_or(|entry| entry.ecx & FEATURES_ECX_RDRAND == 0) {
+        // Linux panics without it: the host must not be the only source of its random numbers.
+        return Some("an isolated guest needs a processor with RDRAND".into());
+    }
+    (width <= layout::SHARED_BIT).then(|| {
+        format!(
+            "an isolated guest needs physical addresses of {} bits, the processor has {width}",
+            layout::SHARED_BIT + 1
+        )
+    })
 }
 
 /// CPUID of the virtual processor `id`, made of what KVM supports.
@@ -217,6 +258,7 @@ mod tests {
         let config = Config {
             cpus,
             tsc_deadline: true,
+            isolated: false,
         };
         let mut entries = host();
         adapt(&mut entries, config, id);
@@ -251,10 +293,36 @@ mod tests {
         let config = Config {
             cpus: 1,
             tsc_deadline: false,
+            isolated: false,
         };
         adapt(&mut entries, config, 0);
         assert!(leaf(&entries, 0x4000_0003, 0)[0] & TSC_INVARIANT != 0);
         assert_eq!(leaf(&entries, 1, 0)[2] & FEATURES_ECX_TSC_DEADLINE, 0);
+    }
+
+    #[test]
+    fn isolation_is_announced() {
+        let config = Config {
+            cpus: 1,
+            tsc_deadline: true,
+            isolated: true,
+        };
+        let mut entries = host();
+        adapt(&mut entries, config, 0);
+        assert_eq!(leaf(&entries, 0x4000_0000, 0)[0], 0x4000_000c);
+        assert_eq!(leaf(&entries, 0x4000_0003, 0)[1], 0x40_0030);
+        let [paravisor, kind, ..] = leaf(&entries, 0x4000_000c, 0);
+        assert_eq!((paravisor, kind), (0, 1 | (1 << 5) | (39 << 6)));
+    }
+
+    #[test]
+    fn isolation_needs_rdrand_and_the_shared_bit() {
+        let mut entries = host();
+        assert!(isolation_obstacle(&entries).unwrap().contains("RDRAND"));
+        entries[1].ecx |= FEATURES_ECX_RDRAND;
+        assert_eq!(isolation_obstacle(&entries), None);
+        entries[6].eax = 0x3027;
+        assert!(isolation_obstacle(&entries).unwrap().contains("40 bits"));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Hypercalls: the calling convention and the three calls the VMBus and the virtual PCI bus need.
+//! Hypercalls: the calling convention, the three calls the VMBus and the virtual PCI bus need, and the one by which an
+//! isolated guest shares memory.
 //!
 //! KVM would answer them itself, and most of them wrongly for us, if it knew that the guest has enabled
 //! hypercalls. So the two MSRs that enable them come to us (MSR filter), and the hypercall page holds an
@@ -7,8 +8,9 @@
 
 use hyperv_wire::hypercall::{code, status, Control, Retarget};
 use hyperv_wire::vmbus::MAX_MESSAGE_LEN;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
+use crate::isolation::Isolation;
 use crate::layout::HYPERCALL_PORT;
 
 /// Who does what the guest asks for. Each call gives a hypercall status, zero for success.
@@ -28,6 +30,11 @@ pub const PAGE_BODY: [u8; 7] = [0xf3, 0x0f, 0x1e, 0xfa, 0xe6, HYPERCALL_PORT, 0x
 
 /// `HvPostMessage` input before the payload: connection, reserved, type, size.
 const POST_MESSAGE_HEADER: usize = 16;
+/// Input of a change of visibility before the page numbers: partition, visibility, reserved.
+const VISIBILITY_HEADER: usize = 16;
+/// Host visibility: none, and read and write. Only reading, the one between, is not offered.
+const NOT_VISIBLE: u32 = 0;
+const VISIBLE_READ_WRITE: u32 = 3;
 /// Input never crosses a page.
 const PAGE: u64 = 4096;
 
@@ -55,12 +62,25 @@ impl Registers {
     fn rep_count(self) -> u16 {
         ((self.control >> 32) & 0xfff) as u16
     }
+
+    fn rep_start(self) -> u16 {
+        ((self.control >> 48) & 0xfff) as u16
+    }
 }
 
 /// Runs one hypercall and gives what goes back in RAX.
-pub fn dispatch(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hypercalls) -> u64 {
+pub(crate) fn dispatch(
+    registers: Registers,
+    memory: &GuestMemoryMmap,
+    isolation: &Isolation,
+    handler: &dyn Hypercalls,
+) -> u64 {
     let result = match registers.control().code() {
-        // None of the three is a rep call.
+        // The guests of others have nothing to share, and no right to do it.
+        code::MODIFY_SPARSE_GPA_PAGE_HOST_VISIBILITY if isolation.is_active() => {
+            return modify_visibility(registers, memory, isolation)
+        }
+        // None of these is a rep call.
         code::POST_MESSAGE | code::SIGNAL_EVENT | code::RETARGET_INTERRUPT
             if registers.rep_count() != 0 =>
         {
@@ -126,6 +146,35 @@ fn post_message(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hy
         message_type,
         &input[POST_MESSAGE_HEADER..][..size],
     )
+}
+
+/// A rep call: the result says how many pages are done.
+fn modify_visibility(registers: Registers, memory: &GuestMemoryMmap, isolation: &Isolation) -> u64 {
+    let done = |status: u16, reps: u16| u64::from(status) | (u64::from(reps) << 32);
+    let (start, count) = (registers.rep_start(), registers.rep_count());
+    let mut input = vec![0; VISIBILITY_HEADER + 8 * usize::from(count)];
+    if registers.control().is_fast() || registers.variable_header() != 0 || start >= count {
+        return done(status::INVALID_HYPERCALL_INPUT, 0);
+    }
+    if let Err(error) = read_input(registers, memory, &mut input) {
+        return done(error, 0);
+    }
+    let shared = match le32(&input, 8) {
+        NOT_VISIBLE => false,
+        VISIBLE_READ_WRITE => true,
+        _ => return done(status::INVALID_PARAMETER, 0),
+    };
+    for rep in start..count {
+        let at = VISIBILITY_HEADER + 8 * usize::from(rep);
+        let pfn = u64::from(le32(&input, at)) | (u64::from(le32(&input, at + 4)) << 32);
+        let address = pfn.checked_mul(PAGE).map(GuestAddress);
+        if !address.is_some_and(|address| memory.address_in_range(address))
+            || !isolation.set_shared(pfn, shared)
+        {
+            return done(status::INVALID_PARAMETER, rep);
+        }
+    }
+    done(status::SUCCESS, count)
 }
 
 fn signal_event(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hypercalls) -> u16 {
@@ -194,6 +243,35 @@ mod tests {
         GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap()
     }
 
+    #[test]
+    fn pages_are_shared_and_hidden() {
+        let memory = memory();
+        let isolation = Isolation::new(true);
+        let change = |visibility: u32, pfns: &[u64], control: u64| {
+            let mut input = u64::MAX.to_le_bytes().to_vec();
+            input.extend(u64::from(visibility).to_le_bytes());
+            input.extend(pfns.iter().flat_map(|pfn| pfn.to_le_bytes()));
+            memory.write_slice(&input, GuestAddress(0x1000)).unwrap();
+            let registers = Registers {
+                control: 0xdb | control,
+                input: 0x1000,
+                output: 0,
+            };
+            dispatch(registers, &memory, &isolation, &Recorder::default())
+        };
+        let reps = |start: u64, count: u64| (start << 48) | (count << 32);
+        assert_eq!(change(3, &[1, 2, 3], reps(0, 3)), 3 << 32);
+        assert_eq!(change(0, &[1, 2, 3], reps(1, 3)), 3 << 32);
+        // The guest does not have the page 4.
+        assert_eq!(change(3, &[2, 4], reps(0, 2)), (1 << 32) | 5);
+        assert_eq!(change(1, &[3], reps(0, 1)), 5);
+        assert_eq!(change(3, &[3], reps(1, 1)), 3);
+        assert_eq!(change(3, &[3], reps(0, 0)), 3);
+        let shared: Vec<u64> = (0..5).filter(|&pfn| isolation.is_shared(pfn)).collect();
+        assert_eq!(shared, [1, 2]);
+        assert_eq!(run(0xdb | reps(0, 1), 0x1000, &memory).0, 2);
+    }
+
     fn run(control: u64, input: u64, memory: &GuestMemoryMmap) -> (u64, Vec<Call>) {
         let handler = Recorder::default();
         let registers = Registers {
@@ -201,7 +279,7 @@ mod tests {
             input,
             output: 0,
         };
-        let rax = dispatch(registers, memory, &handler);
+        let rax = dispatch(registers, memory, &Isolation::new(false), &handler);
         (rax, handler.0.into_inner().unwrap())
     }
 

@@ -43,6 +43,10 @@ pub const HIGH_MMIO: u64 = 0x10_0000_0000;
 /// Length of the high window.
 pub const HIGH_MMIO_LEN: u64 = 0x40_0000_0000;
 
+/// The bit of an address by which an isolated guest accesses what it shares with the host. It is above all
+/// windows, and everything is there once more.
+pub const SHARED_BIT: u32 = 39;
+
 /// I/O APIC, where KVM has it.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Local APICs, where KVM has them.

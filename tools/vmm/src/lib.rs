@@ -9,6 +9,7 @@ mod boot;
 mod cmos;
 mod cpuid;
 pub mod hypercall;
+mod isolation;
 pub mod layout;
 pub mod mmio;
 mod ports;
@@ -154,6 +155,8 @@ pub struct Config {
     pub memory: u64,
     /// A file that the guest has as persistent memory, a multiple of [`PMEM_UNIT`] long.
     pub pmem: Option<PathBuf>,
+    /// Whether the guest's memory is isolated from the host, as by virtualisation-based security.
+    pub isolated: bool,
     /// First serial port.
     pub console: Console,
     /// Unix socket to which the second serial port is connected.
@@ -214,12 +217,17 @@ pub struct Machine {
     synic: Arc<synic::Synic>,
     ports: ports::Ports,
     mmio: Arc<MmioBus>,
+    isolation: isolation::Isolation,
     stop: Arc<serial::Stop>,
 }
 
 impl Platform for Machine {
     fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
+    }
+
+    fn is_shared(&self, pfn: u64) -> bool {
+        self.isolation.is_shared(pfn)
     }
 
     fn vp_count(&self) -> u32 {
@@ -324,7 +332,7 @@ impl Vm {
         )?;
 
         let kvm_fd = open_kvm()?;
-        let vm = Arc::new(create_vm(&kvm_fd, &memory)?);
+        let vm = Arc::new(create_vm(&kvm_fd, &memory, config.isolated)?);
         let console = Arc::new(serial::Port::new(vm.clone(), layout::COM1_IRQ));
         let agent = Arc::new(serial::Port::new(vm.clone(), layout::COM2_IRQ));
         let stop = Arc::new(serial::Stop::new().map_err(VmError::io("eventfd"))?);
@@ -339,15 +347,22 @@ impl Vm {
             vm,
             memory,
             cpus: config.cpus,
+            isolation: isolation::Isolation::new(config.isolated),
             stop,
         });
 
         let supported = kvm_fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
+        if config.isolated {
+            if let Some(obstacle) = cpuid::isolation_obstacle(supported.as_slice()) {
+                return Err(VmError::Config(obstacle));
+            }
+        }
         let cpuid_config = cpuid::Config {
             cpus: config.cpus,
             tsc_deadline: kvm_fd.check_extension(Cap::TscDeadlineTimer),
+            isolated: config.isolated,
         };
         let mut vcpus = Vec::new();
         for vp in 0..config.cpus {
@@ -461,7 +476,6 @@ impl Drop for Vm {
     }
 }
 
-/// A VM with memory, interrupt controllers and the MSR filter.
 /// Opens the file that is persistent memory, and tells its length.
 fn open_pmem(path: &Path) -> Result<(File, u64), VmError> {
     let failed = || VmError::io(path.display().to_string());
@@ -483,12 +497,21 @@ fn open_pmem(path: &Path) -> Result<(File, u64), VmError> {
     Ok((file, len))
 }
 
-fn create_vm(kvm_fd: &Kvm, memory: &GuestMemoryMmap) -> Result<VmFd, VmError> {
+/// A VM with memory, interrupt controllers and the MSR filter.
+fn create_vm(kvm_fd: &Kvm, memory: &GuestMemoryMmap, isolated: bool) -> Result<VmFd, VmError> {
     let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
-    for (slot, region) in (0..).zip(memory.iter()) {
+    let bases: &[u64] = if isolated {
+        &[0, 1 << layout::SHARED_BIT]
+    } else {
+        &[0]
+    };
+    let regions = bases
+        .iter()
+        .flat_map(|base| memory.iter().map(move |region| (base, region)));
+    for (slot, (base, region)) in (0..).zip(regions) {
         let region = kvm_userspace_memory_region {
             slot,
-            guest_phys_addr: region.start_addr().0,
+            guest_phys_addr: base + region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
             flags: 0,

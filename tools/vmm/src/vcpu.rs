@@ -169,8 +169,12 @@ fn handle(guest: &Guest, exit: VcpuExit<'_>) -> Next {
             }
         }
         VcpuExit::IoIn(port, data) => guest.machine.ports.read(port, data),
-        VcpuExit::MmioRead(address, data) => guest.machine.mmio.read(address, data),
+        VcpuExit::MmioRead(address, data) => {
+            let address = guest.machine.isolation.device_address(address);
+            guest.machine.mmio.read(address, data);
+        }
         VcpuExit::MmioWrite(address, data) => {
+            let address = guest.machine.isolation.device_address(address);
             guest.machine.mmio.write(address, data);
         }
         VcpuExit::X86Rdmsr(exit) => match guest.hypercall_msrs.lock().unwrap().read(exit.index) {
@@ -223,6 +227,7 @@ fn hypercall(guest: &Guest, fd: &mut VcpuFd) {
             output: regs.r8,
         },
         &guest.machine.memory,
+        &guest.machine.isolation,
         &*guest.hypercalls,
     );
     fd.sync_regs_mut().regs.rax = rax;

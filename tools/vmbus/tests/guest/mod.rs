@@ -8,7 +8,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
         Arc, Condvar, Mutex,
     },
     thread,
@@ -65,11 +65,17 @@ struct FakePlatform {
     memory: GuestMemoryMmap,
     delivered: Mutex<Delivered>,
     changed: Condvar,
+    /// The page that the guest hides, 0 for none.
+    hidden: AtomicU64,
 }
 
 impl Platform for FakePlatform {
     fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
+    }
+
+    fn is_shared(&self, pfn: u64) -> bool {
+        pfn == 0 || pfn != self.hidden.load(Ordering::Relaxed)
     }
 
     fn vp_count(&self) -> u32 {
@@ -138,6 +144,7 @@ impl Guest {
             memory: memory.clone(),
             delivered: Mutex::default(),
             changed: Condvar::new(),
+            hidden: AtomicU64::new(0),
         });
         let log = MessageLog::new(1000);
         let counters = Counters::new();
@@ -151,6 +158,11 @@ impl Guest {
             message_connection: AtomicU32::new(1),
             next_page: AtomicU32::new(512),
         }
+    }
+
+    /// Hides a page from the host, and shares the one before.
+    pub fn hide(&self, pfn: u64) {
+        self.platform.hidden.store(pfn, Ordering::Relaxed);
     }
 
     pub fn contact(&self, version: Version, connection: u32) -> HvStatus {
