@@ -6,6 +6,7 @@
 #include <asm/hw_irq.h>
 #include <asm/mshyperv.h>
 #include <linux/bpf.h>
+#include <linux/dma-mapping.h>
 #include <linux/etherdevice.h>
 #include <linux/ethtool.h>
 #include <linux/hyperv.h>

@@ -9,6 +9,7 @@
 #include <asm/mshyperv.h>
 #include <linux/bpf_trace.h>
 #include <linux/cpumask.h>
+#include <linux/dma-mapping.h>
 #include <linux/etherdevice.h>
 #include <linux/filter.h>
 #include <linux/hyperv.h>
@@ -17,6 +18,7 @@
 #include <linux/irq.h>
 #include <linux/irqdomain.h>
 #include <linux/jhash.h>
+#include <linux/mmzone.h>
 #include <linux/msi.h>
 #include <linux/netdevice.h>
 #include <linux/netpoll.h>
@@ -36,6 +38,16 @@
 #include <net/xdp.h>
 
 /* vmbus */
+
+void hyperv_helper_dma_set_min_align_mask(struct device *dev, unsigned int mask)
+{
+	dma_set_min_align_mask(dev, mask);
+}
+
+bool hyperv_helper_pfn_valid(unsigned long pfn)
+{
+	return pfn_valid(pfn);
+}
 
 unsigned long hyperv_helper_spin_lock_irqsave(spinlock_t *lock)
 {

@@ -107,6 +107,42 @@ impl GpaRanges {
     }
 }
 
+impl GpaRanges {
+    /// Number of ranges.
+    pub(crate) fn count(&self) -> usize {
+        self.header.range_count as usize
+    }
+
+    /// Moves each range to where `replace` says: it is given the physical address and the length,
+    /// and returns another address with the same offset in the page.
+    pub(crate) fn replace_each(
+        &mut self,
+        mut replace: impl FnMut(u64, usize) -> Result<u64>,
+    ) -> Result {
+        let mut words = self.words.get_mut(..self.used).ok_or(EINVAL)?;
+        while let [head, pfns @ ..] = words {
+            // SAFETY: By the type invariants the used words are initialised.
+            let head = unsafe { head.assume_init() };
+            let (len, offset) = (head as u32 as usize, (head >> 32) as usize);
+            let pages = (offset + len).div_ceil(HV_PAGE_SIZE);
+            let (pfns, rest) = pfns.split_at_mut_checked(pages).ok_or(EINVAL)?;
+            let first = pfns.first_mut().ok_or(EINVAL)?;
+            // SAFETY: As above.
+            let first = unsafe { first.assume_init() };
+            let page = HV_PAGE_SIZE as u64;
+            let address = replace(first * page + offset as u64, len)?;
+            if address % page != offset as u64 {
+                return Err(EINVAL);
+            }
+            for (slot, pfn) in pfns.iter_mut().zip(address / page..) {
+                slot.write(pfn);
+            }
+            words = rest;
+        }
+        Ok(())
+    }
+}
+
 impl Default for GpaRanges {
     fn default() -> Self {
         Self::new()

@@ -42,6 +42,7 @@ use kernel::{
     ThisModule, //
 };
 
+mod bounce;
 mod channel;
 mod completion;
 mod gpa;
@@ -51,6 +52,10 @@ mod packet;
 mod ring;
 pub mod sync;
 
+pub use self::bounce::{
+    AtomicBounce,
+    Bounce, //
+};
 pub use self::channel::{
     ring_size,
     Channel,
@@ -164,6 +169,7 @@ impl<T: Driver> Adapter<T> {
         //
         // INVARIANT: `hdev` is valid for the duration of `probe_callback()`.
         let hdev = unsafe { &*hdev.cast::<Device<device::CoreInternal<'_>>>() };
+        bounce::prepare(hdev);
 
         from_result(|| {
             let data = T::probe(hdev, Self::id_info(id));
