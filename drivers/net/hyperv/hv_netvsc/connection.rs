@@ -167,6 +167,8 @@ pub(crate) struct Shared {
     pub(crate) hv: ARef<vmbus::Device>,
     /// The network device. It refers to this object until it is unregistered.
     pub(crate) dev: DeviceRef<Netvsc>,
+    /// The host can access only what is shared with it.
+    pub(crate) is_isolated: bool,
     /// The version of the protocol, 0 until it is negotiated.
     version: Atomic<u32>,
     /// NVSP requests.
@@ -217,6 +219,7 @@ impl Shared {
             try_pin_init!(Self {
                 hv: (&**hv).into(),
                 dev: dev.to_ref(),
+                is_isolated: vmbus::is_isolated(),
                 version: Atomic::new(0),
                 control <- Control::new(),
                 rndis <- Rndis::new(),

@@ -819,11 +819,6 @@ fn resume(dev: &Device<Netvsc>) -> Result {
 }
 
 fn probe<'bound>(hv: &'bound vmbus::Device<Core<'_>>) -> Result<Bound<'bound>> {
-    if vmbus::is_isolated() {
-        // Pages that are sent would have to be copied to memory that the host can see.
-        dev_err!(hv.as_ref(), "isolated virtual machines are not supported\n");
-        return Err(ENOTSUPP);
-    }
     let own: &vmbus::Device = hv;
     let device =
         UnregisteredDevice::new(hv.as_ref(), config::CHANNELS_MAX, Netvsc::new(own.into()))?;

@@ -26,7 +26,10 @@ use kernel::{
         Monotonic, //
     }, //
 };
-use net::netdev_err;
+use net::{
+    netdev_err,
+    netdev_info, //
+};
 use vmbus::{
     new_spinlock_irq,
     sync::SpinLockIrq,
@@ -192,13 +195,15 @@ fn propose(shared: &Shared, version: Version) -> Result<bool> {
 }
 
 /// What the driver can do with a version.
-fn capabilities(version: Version) -> Capabilities {
+fn capabilities(version: Version, is_isolated: bool) -> Capabilities {
     let mut capabilities = Capabilities::IEEE8021Q;
     if version >= Version::V5 {
+        // A VF can access memory that the host cannot be trusted with.
+        if !is_isolated {
+            capabilities = capabilities.with(Capabilities::SRIOV);
+        }
         // With "teaming" the host tells about changes of the link speed.
-        capabilities = capabilities
-            .with(Capabilities::SRIOV)
-            .with(Capabilities::TEAMING);
+        capabilities = capabilities.with(Capabilities::TEAMING);
     }
     if version >= Version::V61 {
         capabilities = capabilities.with(Capabilities::RSC);
@@ -217,14 +222,29 @@ pub(crate) fn negotiate(shared: &Shared, mtu: u32) -> Result<Version> {
     }
     let version = accepted.ok_or_else(net::eproto)?;
     if version > Version::V1 {
+        if version >= Version::V5 && shared.is_isolated {
+            netdev_info!(
+                shared.dev,
+                "SR-IOV not advertised by guests on the host supporting isolation\n"
+            );
+        }
         notify(
             shared,
             &nvsp::NdisConfig {
                 max_frame: U32::new(mtu + net::ETH_HLEN),
                 reserved: U32::ZERO,
-                capabilities: U64::new(capabilities(version).0),
+                capabilities: U64::new(capabilities(version, shared.is_isolated).0),
             },
         )?;
+    }
+    if shared.is_isolated && version < Version::V61 {
+        netdev_err!(
+            shared.dev,
+            "Invalid NVSP version {:#x} (expected >= {:#x}) from the host supporting isolation\n",
+            version.0,
+            Version::V61.0
+        );
+        return Err(net::eproto());
     }
     let (major, minor) = version.ndis_version();
     notify(

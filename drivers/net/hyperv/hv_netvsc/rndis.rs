@@ -39,6 +39,7 @@ use net::netvsc::{
 use vmbus::{
     new_spinlock_irq,
     sync::SpinLockIrq,
+    Bounce,
     Completion,
     GpaRanges,
     RequestPage, //
@@ -65,6 +66,8 @@ const MAX_TRANSFER: u32 = 0x4000;
 /// What a request needs.
 struct Requests {
     page: RequestPage,
+    /// What the host reads instead of the page, in an isolated virtual machine.
+    bounce: Option<Bounce>,
     last_id: u32,
     /// The packet filter that is set; unknown while the host has not answered.
     filter: Option<PacketFilter>,
@@ -106,6 +109,7 @@ impl Rndis {
             requests <- new_mutex!(
                 Requests {
                     page: RequestPage::new()?,
+                    bounce: None,
                     last_id: 0,
                     filter: Some(PacketFilter(0)),
                 },
@@ -199,6 +203,11 @@ fn send(
         section: nvsp::INVALID_SECTION,
         len: 0,
     });
+    // The one of the request before is not needed any more.
+    requests.bounce = None;
+    if shared.is_isolated {
+        requests.bounce = Some(ranges.bounce(&shared.hv)?);
+    }
     let message = nvsp::encode(&nvsp::SendRndisPacket {
         channel_type: U32::new(ChannelType::CONTROL.0),
         section_index: U32::new(nvsp::INVALID_SECTION),

@@ -760,6 +760,14 @@ fn told(shared: &RxShared, dev: &Device<Netvsc>, packet: &Packet<'_>) {
             }
             shared.connection.has_send_table.store(true, Relaxed);
         }
+        Ok(HostMessage::VfAssociation(_)) if shared.connection.is_isolated => {
+            if net_ratelimit() {
+                netdev_err!(
+                    dev,
+                    "Ignore VF_ASSOCIATION msg from the host supporting isolation\n"
+                );
+            }
+        }
         Ok(HostMessage::VfAssociation(association)) => {
             vf::associated(
                 dev,

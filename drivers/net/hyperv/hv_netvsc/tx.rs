@@ -54,6 +54,7 @@ use net::{
     L4, //
 };
 use vmbus::{
+    AtomicBounce,
     GpaRanges,
     Reply,
     HV_PAGE_SIZE,
@@ -168,9 +169,11 @@ impl Slot {
         self.skb.swap(Some(skb));
     }
 
-    /// Takes out what is there.
-    fn take(&self) -> Option<Completed> {
+    /// Takes out what is there, and calls `then` before the place is free.
+    #[inline(always)]
+    fn take(&self, then: impl FnOnce()) -> Option<Completed> {
         let skb = self.skb.take()?;
+        then();
         let completed = Completed {
             skb,
             section: self.section.load(Relaxed),
@@ -222,6 +225,9 @@ pub(crate) struct TxState {
     sending: TxLocked<Sending>,
     slots: KVVec<Slot>,
     in_flight: Atomic<u32>,
+    /// What the host reads instead of the memory of the packets in the slots, in an isolated
+    /// virtual machine. Empty in others.
+    bounces: KVVec<AtomicBounce>,
 }
 
 impl TxState {
@@ -243,6 +249,14 @@ impl TxState {
                 slots
             },
             in_flight: Atomic::new(0),
+            bounces: {
+                let count = if vmbus::is_isolated() { SLOTS } else { 0 };
+                let mut bounces = KVVec::with_capacity(count as usize, GFP_KERNEL)?;
+                for _ in 0..count {
+                    bounces.push(AtomicBounce::new(), GFP_KERNEL)?;
+                }
+                bounces
+            },
         }? Error)
     }
 
@@ -264,10 +278,34 @@ impl TxState {
         None
     }
 
+    /// Takes out what is in a slot.
+    #[inline(always)]
+    fn take(&self, index: u32) -> Option<Completed> {
+        self.slots.get(index as usize)?.take(|| {
+            if !self.bounces.is_empty() {
+                self.free_copies(index);
+            }
+        })
+    }
+
+    /// Frees what the host has read instead of the memory of a packet.
+    #[cold]
+    fn free_copies(&self, index: u32) {
+        if let Some(bounce) = self.bounces.get(index as usize) {
+            bounce.swap(None);
+        }
+    }
+
+    /// The same for what the host will not complete.
+    #[cold]
+    fn take_back(&self, index: u32) -> Option<Completed> {
+        self.take(index)
+    }
+
     /// Frees what the host has not completed; the channel is closed.
     pub(crate) fn abandon(&self) {
-        for slot in &self.slots {
-            if slot.take().is_some() {
+        for index in 0..SLOTS {
+            if self.take_back(index).is_some() {
                 self.in_flight.fetch_sub(1, Relaxed);
             }
         }
@@ -332,7 +370,7 @@ impl Sender<'_> {
         next: &mut u32,
         skb: SkBuff,
         message: &Message,
-        ranges: Option<&mut GpaRanges>,
+        mut ranges: Option<&mut GpaRanges>,
     ) -> Result<(), (Failure, SkBuff)> {
         let index = self.control.index();
         let own_channel = self.own.channel();
@@ -364,6 +402,11 @@ impl Sender<'_> {
         let Some((number, slot)) = state.free_slot(next) else {
             return Err((self.failed(EAGAIN, message), skb));
         };
+        if let (Some(ranges), false) = (&mut ranges, state.bounces.is_empty()) {
+            if self.bounce(number, ranges).is_err() {
+                return Err((self.failed(EAGAIN, message), skb));
+            }
+        }
         // Only the poll of a channel of its own can tell the queue what is out. The queue, and the
         // slot, have to know first, since the completion can come at once.
         let limited = if own_channel.is_some() {
@@ -385,7 +428,7 @@ impl Sender<'_> {
         };
         if let Err(e) = sent {
             // If it is not there any more it was sent, and completed already.
-            if let Some(completed) = slot.take() {
+            if let Some(completed) = state.take_back(number) {
                 state.in_flight.fetch_sub(1, Relaxed);
                 if completed.limited != 0 {
                     self.control.not_sent(completed.limited);
@@ -396,6 +439,15 @@ impl Sender<'_> {
         if space < LOW_WATER {
             self.stop();
         }
+        Ok(())
+    }
+
+    /// Has the host read copies, for a slot that is free.
+    #[cold]
+    fn bounce(&self, slot: u32, ranges: &mut GpaRanges) -> Result {
+        let bounces = &self.own.tx.bounces;
+        let place = bounces.get(slot as usize).ok_or(EINVAL)?;
+        place.swap(Some(ranges.bounce(&self.shared.hv)?));
         Ok(())
     }
 
@@ -817,8 +869,7 @@ pub(crate) fn complete(
     let dev = context.device();
     let statistics = &dev.data().statistics;
     let state = &shared.queues.get(usize::from(queue)).ok_or(ENOENT)?.tx;
-    let slot = state.slots.get(slot as usize).ok_or(ENOENT)?;
-    let message = slot.take().ok_or(ENOENT)?;
+    let message = state.take(slot).ok_or(ENOENT)?;
 
     if message.section != nvsp::INVALID_SECTION {
         if let Some(buffer) = shared.send.borrow(guard) {
