@@ -18,6 +18,7 @@ mod four_nics;
 mod frames;
 mod guest;
 mod host;
+mod isolated;
 mod kexec;
 pub mod level1;
 mod messages;
@@ -276,6 +277,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "selftests-all",
         title: "the same, every case (only when named)",
         run: selftests::run_all,
+    },
+    Scenario {
+        name: "isolated",
+        title: "a guest whose memory is isolated from the host",
+        run: isolated::run,
     },
 ];
 

@@ -141,6 +141,8 @@ pub struct Boot {
     pub builtin_pci: bool,
     /// A file that the guest has as persistent memory.
     pub pmem: Option<PathBuf>,
+    /// The guest's memory is isolated from the host.
+    pub isolated: bool,
     /// More words for the kernel's command line.
     pub append: String,
     /// Newest VMBus version that the host takes.
@@ -163,6 +165,7 @@ impl Boot {
             cpus: 1,
             builtin_pci: false,
             pmem: None,
+            isolated: false,
             append: String::new(),
             vmbus_version: None,
             nvsp_version: None,
@@ -280,6 +283,9 @@ impl Guest {
         }
         if let Some(overlay) = &boot.overlay {
             command.arg("--overlay").arg(overlay);
+        }
+        if boot.isolated {
+            command.arg("--isolated");
         }
         if let Some(modules) = &lab.files.modules {
             command.arg("--modules").arg(modules);

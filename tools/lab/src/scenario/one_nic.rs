@@ -183,7 +183,7 @@ fn vlan(link: &Link<'_>) -> Result<()> {
     Ok(())
 }
 
-fn mtu(link: &Link<'_>) -> Result<()> {
+pub fn mtu(link: &Link<'_>) -> Result<()> {
     let guest = link.guest;
     let address = link.nic.peer_v4();
     let set = |mtu: u32| -> Result<()> {
