@@ -637,11 +637,24 @@ struct Headers {
 }
 
 /// Whether the packet with its headers can be described to the host as it is.
-#[inline]
+#[inline(always)]
 fn fits(skb: &SkBuff) -> bool {
     /// Bytes in one piece that can be described wherever they begin.
     const ALWAYS: u32 = ((PAGE_BUFFERS_MAX - HEADER_PAGES - 1) * HV_PAGE_SIZE) as u32;
     (skb.is_linear() && skb.len() <= ALWAYS) || skb.pages() + HEADER_PAGES <= PAGE_BUFFERS_MAX
+}
+
+/// Puts a packet of too many pieces into one.
+#[cold]
+fn linearize(skb: &mut SkBuff, events: &crate::stats::Events) -> Result {
+    events.tx_scattered.add(1);
+    skb.linearize()
+        .inspect_err(|_| events.tx_no_memory.add(1))?;
+    if !fits(skb) {
+        events.tx_too_big.add(1);
+        return Err(E2BIG);
+    }
+    Ok(())
 }
 
 /// Makes the packet fit, and builds its headers.
@@ -653,13 +666,7 @@ fn prepare(
     headers: &mut Headers,
 ) -> Result {
     if !fits(skb) {
-        events.tx_scattered.add(1);
-        skb.linearize()
-            .inspect_err(|_| events.tx_no_memory.add(1))?;
-        if !fits(skb) {
-            events.tx_too_big.add(1);
-            return Err(E2BIG);
-        }
+        linearize(skb, events)?;
     }
     let builder = build_headers(dev, skb, &mut headers.bytes)?;
     headers.frame_len = skb.len();
