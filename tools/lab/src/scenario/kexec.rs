@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Scenario 20: the guest starts another kernel, or crashes into one, which finds a host that the first one has left.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
 
 use super::guest::{Boot, Guest, Lab, Nic};
-use super::suspend::{persistent_memory, taken_over};
+use super::suspend::{persistent_memory, taken_over, with_memory_file};
 use super::traffic::Link;
 use super::vf::{bonded, load_order};
 use super::{ensure, Context, Result};
@@ -26,15 +26,7 @@ const DUMP: u64 = 4 << 20;
 const PORT: u16 = 7000;
 
 pub fn run(context: &mut Context<'_>) -> Result<()> {
-    fs::create_dir_all(&context.options.output)?;
-    let pmem = context
-        .options
-        .output
-        .join(format!("{}-kexec.pmem", context.drivers));
-    let result = kexec(context, &pmem);
-    // There is none if it could not be made.
-    let _ = fs::remove_file(&pmem);
-    result
+    with_memory_file(context, kexec)
 }
 
 fn kexec(context: &mut Context<'_>, pmem: &Path) -> Result<()> {

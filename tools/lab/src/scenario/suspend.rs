@@ -17,15 +17,7 @@ const SLEEP: Duration = Duration::from_secs(180);
 const KEY: &str = "d1:d2:d3:d4:d5:d6:d7:d8:d9:da:db:dc:dd:de:df:e0:e1:e2:e3:e4:e5:e6:e7:e8:e9:ea:eb:ec:ed:ee:ef:f0:f1:f2:f3:f4:f5:f6:f7:f8";
 
 pub fn run(context: &mut Context<'_>) -> Result<()> {
-    fs::create_dir_all(&context.options.output)?;
-    let pmem = context
-        .options
-        .output
-        .join(format!("{}-suspend.pmem", context.drivers));
-    let result = hibernate(context, &pmem);
-    // There is none if it could not be made.
-    let _ = fs::remove_file(&pmem);
-    result
+    with_memory_file(context, hibernate)
 }
 
 fn hibernate(context: &mut Context<'_>, pmem: &Path) -> Result<()> {
@@ -105,6 +97,23 @@ fn hibernate(context: &mut Context<'_>, pmem: &Path) -> Result<()> {
         link.pings()
     });
     context.finish(guest)
+}
+
+/// Runs a scenario with a file for a guest's persistent memory, which it makes.
+pub fn with_memory_file(
+    context: &mut Context<'_>,
+    scenario: fn(&mut Context<'_>, &Path) -> Result<()>,
+) -> Result<()> {
+    let output = &context.options.output;
+    fs::create_dir_all(output)?;
+    let file = output.join(format!(
+        "{}-{}.pmem",
+        context.drivers, context.scenario.name
+    ));
+    let result = scenario(context, &file);
+    // There is none if it could not be made.
+    let _ = fs::remove_file(&file);
+    result
 }
 
 /// Waits for the persistent memory, whose devices come one after the other.
