@@ -526,6 +526,10 @@ impl Adapter {
             wq: U32::new(wq),
             cq: U32::new(cq),
             object: U64::new(object),
+            moderation_completions: U16::ZERO,
+            moderation_time: U16::ZERO,
+            moderated: 0,
+            reserved: [0; 3],
         })
     }
 

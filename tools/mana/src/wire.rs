@@ -397,6 +397,10 @@ wire! {
         wq: U32,
         cq: U32,
         object: U64,
+        moderation_completions: U16,
+        moderation_time: U16,
+        moderated: u8,
+        reserved: [u8; 3],
     }
     DestroyWqRequest {
         wq_type: U32,
@@ -703,6 +707,7 @@ mod tests {
         assert_eq!(size_of::<DevConfigResponse>(), 48);
         assert_eq!(size_of::<VportConfigResponse>(), 32);
         assert_eq!(size_of::<CreateWqRequest>(), 48);
+        assert_eq!(size_of::<CreateWqResponse>(), 24);
         assert_eq!(size_of::<ConfigVportRxRequest>(), 80);
         assert_eq!(size_of::<StatisticsResponse>(), 8 * 28);
         assert_eq!(size_of::<PhyStatisticsResponse>(), 8 * 51);
