@@ -10,7 +10,8 @@ use core::{
     mem::{
         align_of,
         offset_of,
-        size_of, //
+        size_of,
+        MaybeUninit, //
     },
     ops::Deref,
     ptr::NonNull, //
@@ -698,12 +699,13 @@ impl<'bound, T: Driver> UnregisteredDevice<'bound, T> {
         // SAFETY: No requirements.
         let raw = unsafe { bindings::alloc_etherdev_mqs(size, queues, queues) };
         let raw = NonNull::new(raw).ok_or(ENOMEM)?;
-        // SAFETY: The allocation has a private area of the right size and alignment.
-        let initialised = unsafe {
+        // SAFETY: The allocation has a private area of the right size and alignment, to which there
+        // is no other reference, and nobody keeps this one.
+        let slot: &'static mut MaybeUninit<T> = unsafe {
             let private = bindings::netdev_priv(raw.as_ptr()).cast::<Private<T>>();
-            data.__pinned_init(&raw mut (*private).data)
+            &mut *(&raw mut (*private).data).cast()
         };
-        if let Err(e) = initialised {
+        if let Err(e) = slot.write_pin_init(data) {
             // SAFETY: The device is ours and not registered.
             unsafe { bindings::free_netdev(raw.as_ptr()) };
             return Err(e);

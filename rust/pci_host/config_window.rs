@@ -2,17 +2,70 @@
 
 //! MMIO space that the driver itself accesses.
 
-use core::ops::Deref;
-
 use hyperv_bindings as bindings;
-use kernel::{
-    io::{
-        Mmio,
-        MmioRaw, //
-    },
-    prelude::*, //
-};
+use kernel::prelude::*;
 use vmbus::MmioRange;
+
+/// How [`kernel::io::Io`] gets at a mapping.
+#[cfg(kernel_7_3)]
+mod io {
+    use super::MappedRange;
+    use kernel::{
+        io::{
+            IoBase,
+            Mmio,
+            MmioBackend,
+            MmioRaw,
+            Region, //
+        },
+        prelude::*, //
+    };
+
+    pub(super) type Raw = MmioRaw<Region>;
+
+    pub(super) fn raw(addr: *mut c_void, len: usize) -> Result<Raw> {
+        Raw::new_region(addr as usize, len)
+    }
+
+    impl<'a> IoBase<'a> for &'a MappedRange {
+        type Backend = MmioBackend;
+        type Target = Region;
+
+        fn as_view(self) -> Mmio<'a, Region> {
+            // SAFETY: By the type invariants the mapping is valid as long as `self`.
+            unsafe { Mmio::from_raw(self.io) }
+        }
+    }
+}
+
+/// The same before 7.3.
+#[cfg(not(kernel_7_3))]
+mod io {
+    use super::MappedRange;
+    use core::ops::Deref;
+    use kernel::{
+        io::{
+            Mmio,
+            MmioRaw, //
+        },
+        prelude::*, //
+    };
+
+    pub(super) type Raw = MmioRaw;
+
+    pub(super) fn raw(addr: *mut c_void, len: usize) -> Result<Raw> {
+        Raw::new(addr as usize, len)
+    }
+
+    impl Deref for MappedRange {
+        type Target = Mmio;
+
+        fn deref(&self) -> &Mmio {
+            // SAFETY: By the type invariants the mapping is valid as long as `self`.
+            unsafe { Mmio::from_raw(&self.io) }
+        }
+    }
+}
 
 /// A range of MMIO space, mapped for access.
 ///
@@ -20,7 +73,7 @@ use vmbus::MmioRange;
 ///
 /// `io` is the mapping of the whole of `range`.
 pub struct MappedRange {
-    io: MmioRaw,
+    io: io::Raw,
     range: MmioRange,
 }
 
@@ -35,25 +88,15 @@ impl MappedRange {
         if addr.is_null() {
             return Err(ENOMEM);
         }
+        // SAFETY: It was just mapped, and nobody uses it.
+        let io = io::raw(addr, len).inspect_err(|_| unsafe { bindings::iounmap(addr) })?;
         // INVARIANT: The whole range was mapped.
-        Ok(Self {
-            io: MmioRaw::new(addr as usize, len)?,
-            range,
-        })
+        Ok(Self { io, range })
     }
 
     /// First guest-physical address.
     pub fn start(&self) -> u64 {
         self.range.start()
-    }
-}
-
-impl Deref for MappedRange {
-    type Target = Mmio;
-
-    fn deref(&self) -> &Mmio {
-        // SAFETY: By the type invariants the mapping is valid as long as `self`.
-        unsafe { Mmio::from_raw(&self.io) }
     }
 }
 

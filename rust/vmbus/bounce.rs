@@ -9,6 +9,7 @@ use core::ptr::null_mut;
 use hyperv_bindings as bindings;
 use kernel::{
     device::Bound,
+    dma::DataDirection,
     prelude::*,
     sync::{
         aref::ARef,
@@ -65,7 +66,7 @@ impl Drop for Inner {
                     &raw mut (*self.dev.as_raw()).device,
                     mapping.address,
                     mapping.len,
-                    bindings::dma_data_direction_DMA_TO_DEVICE,
+                    DataDirection::ToDevice.into(),
                     0,
                 )
             };
@@ -140,7 +141,7 @@ impl GpaRanges {
                     &raw mut (*dev.as_raw()).device,
                     phys,
                     len,
-                    bindings::dma_data_direction_DMA_TO_DEVICE,
+                    DataDirection::ToDevice.into(),
                     0,
                 )
             };

@@ -288,7 +288,7 @@ impl<H: ChannelHandler> Context<H> {
         if opened.is_ok() {
             // INVARIANT: The channel is open.
             context.handle.0.open.store(true, Relaxed);
-            kernel::sync::barrier::smp_mb();
+            crate::sync::smp_mb();
             if context.missed.load(Relaxed) {
                 // SAFETY: The channel is valid and open.
                 unsafe { bindings::hyperv_channel_kick(raw) };
@@ -305,7 +305,7 @@ impl<H: ChannelHandler> Context<H> {
             return;
         }
         context.missed.store(true, Relaxed);
-        kernel::sync::barrier::smp_mb();
+        crate::sync::smp_mb();
         // The channel may have been marked open in between, by somebody who did not see `missed`.
         if context.handle.0.open.load(Relaxed) {
             context.handler.on_event(&context.handle);

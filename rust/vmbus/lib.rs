@@ -232,6 +232,17 @@ impl<T: Driver> Adapter<T> {
     ///
     /// User space can bind a device by an id of its own (`new_id`, `driver_override`); such an id
     /// is not in the table and has no information.
+    #[cfg(kernel_7_3)]
+    fn id_info(id: *const bindings::hv_vmbus_device_id) -> Option<&'static T::IdInfo> {
+        // CAST: `DeviceId` is a transparent wrapper of `hv_vmbus_device_id`.
+        //
+        // SAFETY: `id` is valid for the duration of `probe_callback()`. It is an entry of
+        // `T::ID_TABLE`, or one of the bus that has 0 as `driver_data`.
+        unsafe { (*id.cast::<DeviceId>()).info_unchecked_opt() }
+    }
+
+    /// The same before 7.3, when `driver_data` is an index, of which 0 is one.
+    #[cfg(not(kernel_7_3))]
     fn id_info(id: *const bindings::hv_vmbus_device_id) -> Option<&'static T::IdInfo> {
         let mut entry = T::ID_TABLE.as_ptr();
         let mut index = 0;
@@ -273,6 +284,7 @@ unsafe impl RawDeviceId for DeviceId {
 unsafe impl RawDeviceIdIndex for DeviceId {
     const DRIVER_DATA_OFFSET: usize = offset_of!(bindings::hv_vmbus_device_id, driver_data);
 
+    #[cfg(not(kernel_7_3))]
     fn index(&self) -> usize {
         self.0.driver_data
     }
@@ -282,6 +294,22 @@ unsafe impl RawDeviceIdIndex for DeviceId {
 pub type IdTable<T> = &'static dyn kernel::device_id::IdTable<DeviceId, T>;
 
 /// Creates a VMBus `IdTable` with its alias for modpost.
+#[cfg(kernel_7_3)]
+#[macro_export]
+macro_rules! vmbus_device_table {
+    ($table_name:ident, $module_table_name:ident, $id_info_type:ty, $table_data:tt) => {
+        ::kernel::module_device_table!(
+            "vmbus",
+            $crate::DeviceId,
+            $table_name,
+            $id_info_type,
+            $table_data
+        );
+    };
+}
+
+/// The same before 7.3, when the alias is made apart from the table.
+#[cfg(not(kernel_7_3))]
 #[macro_export]
 macro_rules! vmbus_device_table {
     ($table_name:ident, $module_table_name:ident, $id_info_type:ty, $table_data:expr) => {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A spinlock that keeps interrupts away, which the `kernel` crate lacks.
+//! A spinlock that keeps interrupts away, which the `kernel` crate lacks, and a memory barrier,
+//! which it has in another form since 7.3.
 //!
-//! Needed for whatever a channel callback or an interrupt chip shares with code that can be
-//! interrupted.
+//! The spinlock is needed for whatever a channel callback or an interrupt chip shares with code
+//! that can be interrupted.
 
 use hyperv_bindings as bindings;
 use kernel::sync::lock::{
@@ -11,6 +12,13 @@ use kernel::sync::lock::{
     Guard,
     Lock, //
 };
+
+/// A full memory barrier between CPUs.
+#[inline(always)]
+pub fn smp_mb() {
+    // SAFETY: No requirements.
+    unsafe { bindings::smp_mb() };
+}
 
 /// A spinlock that is held with interrupts off (`spin_lock_irqsave`).
 pub type SpinLockIrq<T> = Lock<T, SpinLockIrqBackend>;

@@ -246,7 +246,7 @@ impl Netvsc {
 /// Enables transmitting.
 pub(crate) fn enable_tx(dev: &Device<Netvsc>, shared: &Shared) {
     shared.tx_disabled.store(false, Relaxed);
-    kernel::sync::barrier::smp_mb();
+    vmbus::sync::smp_mb();
     dev.wake_all_queues();
 }
 
@@ -254,7 +254,7 @@ pub(crate) fn enable_tx(dev: &Device<Netvsc>, shared: &Shared) {
 pub(crate) fn disable_tx(dev: &Device<Netvsc>, shared: Option<&Shared>) {
     if let Some(shared) = shared {
         shared.tx_disabled.store(true, Relaxed);
-        kernel::sync::barrier::smp_mb();
+        vmbus::sync::smp_mb();
     }
     dev.stop_all_queues();
 }
