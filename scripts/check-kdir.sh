@@ -8,6 +8,15 @@
 
 . "$(dirname "$0")/common.sh"
 
+# The series whose internal Rust interfaces the modules know.
+oldest=7.2
+newest=7.3
+
+# is_older SERIES SERIES
+is_older() {
+	[ "$1" != "$2" ] && printf '%s\n' "$1" "$2" | sort -CV
+}
+
 kdir=$1
 config=$kdir/include/config/auto.conf
 
@@ -17,6 +26,11 @@ config=$kdir/include/config/auto.conf
 [ -e "$kdir/Makefile" ] && [ -e "$config" ] ||
 	die "KDIR=$kdir is not a prepared kernel tree (no Makefile or no include/config/auto.conf)" \
 		"make modules_prepare in that tree, or install the headers package of the kernel"
+release=$(cat "$kdir/include/config/kernel.release" 2>/dev/null || echo RELEASE)
+series=$(sed -En 's/^([0-9]+\.[0-9]+).*/\1/p' <<<"$release")
+! is_older "${series:-$oldest}" $oldest ||
+	die "KDIR=$kdir is of kernel $release: the modules need $oldest or later" \
+		"use a kernel of series $oldest or $newest: apt-cache search cloud-amd64 lists Debian's"
 grep -q '^CONFIG_RUST=y' "$config" ||
 	die "KDIR=$kdir is of a kernel built without CONFIG_RUST: it cannot load Rust modules" \
 		"use a kernel with CONFIG_RUST=y, such as linux-image-cloud-amd64 of trixie-backports"
@@ -34,7 +48,6 @@ for file in rust/lib{core,ffi,bindings,build_error,kernel,pin_init,zerocopy}.rme
 	[ -e "$kdir/$file" ] || missing="$missing $file"
 done
 if [ -n "$missing" ]; then
-	release=$(cat "$kdir/include/config/kernel.release" 2>/dev/null || echo RELEASE)
 	die "KDIR=$kdir lacks the kernel's Rust metadata:$missing" \
 		"Debian's headers never have it: make KERNEL=$release rebuilds it from the kernel's source" \
 		"a tree of your own: make modules_prepare in it" \
@@ -59,3 +72,6 @@ for tool in bindgen gcc ld; do
 	command -v $tool >/dev/null ||
 		die "$tool is missing" "apt-get install bindgen build-essential, or leave out TOOLCHAIN=host"
 done
+
+! is_older $newest "${series:-$newest}" ||
+	say "warning: untested with kernel $release, only with $oldest and $newest: if the modules do not build, use one of these"

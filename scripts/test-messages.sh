@@ -38,10 +38,12 @@ mkdir -p "$tree/include/config" "$tree/rust" "$tree/scripts"
 expect "KDIR that is not a kernel tree" "not a prepared kernel tree" "make modules_prepare" check_kdir
 touch "$tree/Makefile"
 printf 'CONFIG_%s=y\n' X86_64 MODULES PCI_MSI NET INET HYPERV_VMBUS >"$config"
+echo 7.1.9-test >"$tree/include/config/kernel.release"
+expect "kernel that is too old" "need 7.2 or later" "use a kernel of series 7.2" check_kdir
+echo 7.2.0-test >"$tree/include/config/kernel.release"
 expect "kernel without Rust" "without CONFIG_RUST" "use a kernel with CONFIG_RUST=y" check_kdir
 echo CONFIG_RUST=y >>"$config"
 echo 'CONFIG_RUSTC_VERSION_TEXT="rustc 1.2.3 (of long ago)"' >>"$config"
-echo 7.2.0-test >"$tree/include/config/kernel.release"
 expect "tree without metadata" "lacks the kernel's Rust metadata" "make KERNEL=7.2.0-test" check_kdir
 touch "$tree"/rust/lib{core,ffi,bindings,build_error,kernel,pin_init,zerocopy}.rmeta \
 	"$tree"/rust/lib{macros,zerocopy_derive}.so "$tree/scripts/target.json"
