@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * The helpers once more, to be optimised together with the Rust code that calls
- * them, so that they cost no call.  See "Inline helpers" in Kbuild.
+ * them, so that they cost no call.  See "One object" in Kbuild.
  */
 
 #include <linux/atomic.h>
