@@ -166,6 +166,11 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         }
         Ok(())
     });
+    context.check("the machine is suspended and resumed", || {
+        // Without a place for the image the devices are frozen and thawed, and that is all.
+        let freeze = "echo disk >/sys/power/state 2>/dev/null";
+        recorder.phase(&all, "suspend and resume", freeze, LONG_QUIET)
+    });
     context.check("VFs join and leave", || {
         let with_vf = all.iter().copied();
         let with_vf: Vec<_> = with_vf
