@@ -10,7 +10,7 @@ use zerocopy::little_endian::U32;
 use super::ending::account_for;
 use super::guest::{Boot, Guest, Nic};
 use super::one_nic;
-use super::traffic::{Iperf, Link};
+use super::traffic::Link;
 use super::{ensure, Context, Result};
 
 /// Frames of all sizes each way.
@@ -51,28 +51,7 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         &format!("{FRAMES} frames of all sizes to the guest, every byte checked"),
         || link.frames_in(FRAMES, LARGEST),
     );
-    for (udp, v6, reverse) in [
-        (false, false, false),
-        (false, true, false),
-        (false, false, true),
-        (true, false, false),
-    ] {
-        let name = format!(
-            "iperf3 {} over {} {} the guest",
-            if udp { "UDP" } else { "TCP" },
-            if v6 { "IPv6" } else { "IPv4" },
-            if reverse { "to" } else { "from" },
-        );
-        context.check(&name, || {
-            let what = Iperf {
-                udp,
-                v6,
-                reverse,
-                seconds: 2,
-            };
-            link.iperf(what).map(drop)
-        });
-    }
+    one_nic::iperf(context, &link, 2);
     context.check("a VF that the host announces is ignored", || {
         announced_vf(&guest, &nic)
     });
