@@ -15,8 +15,9 @@ use regex::Regex;
 
 use super::compare::{section, Kept};
 use super::guest::{Boot, Guest, Nic, COMMAND};
+use super::suspend::contacts;
 use super::vf::bonded;
-use super::{Context, Result};
+use super::{ensure, Context, Result};
 
 /// The name of the scenario.
 pub const NAME: &str = "messages";
@@ -169,7 +170,10 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     context.check("the machine is suspended and resumed", || {
         // Without a place for the image the devices are frozen and thawed, and that is all.
         let freeze = "echo disk >/sys/power/state 2>/dev/null";
-        recorder.phase(&all, "suspend and resume", freeze, LONG_QUIET)
+        let before = contacts(&guest)?;
+        recorder.phase(&all, "suspend and resume", freeze, LONG_QUIET)?;
+        let new = contacts(&guest)? - before;
+        ensure(new == 1, || format!("{new} new contacts with the host"))
     });
     context.check("VFs join and leave", || {
         let with_vf = all.iter().copied();

@@ -138,7 +138,7 @@ pub fn taken_over(guest: &Guest, condition: &str, limit: Duration) -> Result<()>
 }
 
 /// How often the guest has made contact with the host.
-fn contacts(guest: &Guest) -> Result<usize> {
+pub fn contacts(guest: &Guest) -> Result<usize> {
     let log = fs::read_to_string(guest.folder.join("messages.log"))?;
     Ok(log.matches(" INITIATE_CONTACT ").count())
 }
