@@ -248,7 +248,7 @@ fn pci(guest: &Guest, nic: &Nic) -> Result<()> {
 }
 
 /// Packets per path as the host counts them, seen from the guest.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Paths {
     /// Sent by the guest through the VF.
     pub vf_tx: u64,
@@ -281,7 +281,7 @@ pub fn paths(guest: &Guest, nic: &Nic) -> Result<Paths> {
 
 fn unicast(link: &Link<'_>) -> Result<()> {
     const PINGS: u64 = 50;
-    let statistics = || -> Result<[u64; 4]> {
+    let counters = || -> Result<[u64; 4]> {
         let all = link.guest.statistics("eth0")?;
         let value = |name: &str| {
             all.get(name)
@@ -295,13 +295,24 @@ fn unicast(link: &Link<'_>) -> Result<()> {
             value("vf_rx_bytes")?,
         ])
     };
-    let (before, host_before) = (statistics()?, paths(link.guest, link.nic)?);
+    let statistics = || -> Result<([u64; 4], Paths)> {
+        // A packet of IPv6's own may be under way while guest and host are read one after the other.
+        for _ in 0..50 {
+            let before = paths(link.guest, link.nic)?;
+            let counters = counters()?;
+            if paths(link.guest, link.nic)? == before {
+                return Ok((counters, before));
+            }
+        }
+        Err("packets come and go without a pause".into())
+    };
+    let (before, host_before) = statistics()?;
     let address = link.nic.peer_v4();
     let text = link
         .guest
         .sh(&format!("ping -q -c {PINGS} -i 0.02 -W 5 {address}"))?;
     ensure(text.contains(" 0% packet loss"), || text.clone())?;
-    let (after, host_after) = (statistics()?, paths(link.guest, link.nic)?);
+    let (after, host_after) = statistics()?;
     let grown: Vec<_> = before
         .iter()
         .zip(after)
