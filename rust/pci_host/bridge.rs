@@ -394,6 +394,36 @@ impl<T: ConfigOps> RootBus<T> {
         }
     }
 
+    /// Has the messages of all functions' interrupts composed anew by the controller of `domain`,
+    /// the domain that the bus takes its interrupts from. For when the host has forgotten them; what
+    /// is kept for each interrupt begins anew, too.
+    ///
+    /// The functions must be suspended: the PCI core writes the messages when it resumes them.
+    /// Sleeps.
+    pub fn compose_messages<C: MsiController>(&self, domain: &MsiDomain<C>) {
+        extern "C" fn compose<C: MsiController>(
+            dev: *mut bindings::pci_dev,
+            domain: *mut c_void,
+        ) -> c_int {
+            // SAFETY: The PCI core gives a valid device of the bus, and the pointer given to it.
+            // Nobody uses the interrupts of a suspended device.
+            unsafe {
+                let domain = &*domain.cast::<MsiDomain<C>>();
+                domain.compose_again(&raw mut (*dev).dev);
+            }
+            0
+        }
+        let domain: *const MsiDomain<C> = domain;
+        // SAFETY: By the type invariants the bus is valid. The callback gets what it expects.
+        unsafe {
+            bindings::pci_walk_bus(
+                self.bus.as_ptr(),
+                Some(compose::<C>),
+                domain.cast_mut().cast(),
+            )
+        };
+    }
+
     /// Takes the function away from its driver and removes it. Tells whether there was one.
     pub fn remove_device(&self, _lock: &RescanLock, devfn: u8) -> bool {
         // SAFETY: By the type invariants the bus is valid. The reference is dropped below.

@@ -10,7 +10,10 @@
 
 use core::{
     marker::PhantomData,
-    mem::offset_of,
+    mem::{
+        offset_of,
+        MaybeUninit, //
+    },
     ptr::NonNull, //
 };
 
@@ -330,6 +333,49 @@ impl<C: MsiController> MsiDomain<C> {
             *(*msg).__bindgen_anon_2.address_hi.as_mut() = (message.address >> 32) as u32;
             *(*msg).__bindgen_anon_3.data.as_mut() = message.data;
         }
+    }
+
+    /// Has all messages of a device composed anew, which writes them nowhere yet.
+    ///
+    /// # Safety
+    ///
+    /// `dev` must be a valid PCI device whose interrupts, if it has any, are in this domain and are
+    /// not set up, changed or freed meanwhile but with its MSI descriptors locked.
+    pub(crate) unsafe fn compose_again(&self, dev: *mut bindings::device) {
+        let id = bindings::msi_domain_ids_MSI_DEFAULT_DOMAIN;
+        let filter = bindings::msi_desc_filter_MSI_DESC_ASSOCIATED;
+        // SAFETY: By the safety requirements the device is valid.
+        unsafe { bindings::__msi_lock_descs(dev) };
+        // SAFETY: The descriptors are locked.
+        let mut desc = unsafe { bindings::msi_domain_first_desc(dev, id, filter) };
+        while !desc.is_null() {
+            let desc_of_type = desc.cast::<bindings::msi_desc>();
+            // SAFETY: The descriptor is valid while they are locked.
+            let (first, count) = unsafe { ((*desc_of_type).irq, (*desc_of_type).nvec_used) };
+            for i in 0..count {
+                // The others are known by the first one's message.
+                let mut other = MaybeUninit::<bindings::msi_msg>::uninit();
+                // SAFETY: The domain is valid. An interrupt of a descriptor that has any is valid.
+                unsafe {
+                    let data =
+                        bindings::irq_domain_get_irq_data(self.as_raw(), first.wrapping_add(i));
+                    let Some((_, own)) = data.as_mut().and_then(|data| Self::of(data)) else {
+                        continue;
+                    };
+                    // Who was to know about them has forgotten.
+                    *own = C::Data::default();
+                    let msg = match i {
+                        0 => &raw mut (*desc_of_type).msg,
+                        _ => other.as_mut_ptr(),
+                    };
+                    Self::compose_callback(data, msg.cast());
+                }
+            }
+            // SAFETY: The descriptors are still locked.
+            desc = unsafe { bindings::msi_next_desc(dev, id, filter) };
+        }
+        // SAFETY: They were locked above.
+        unsafe { bindings::__msi_unlock_descs(dev) };
     }
 
     extern "C" fn mask_callback(data: *mut bindings::irq_data) {

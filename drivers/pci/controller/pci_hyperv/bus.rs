@@ -3,8 +3,8 @@
 //! A virtual PCI bus.
 //!
 //! Lock order: `Bus::state`, then the PCI core's rescan lock, then a child's slot. The spinlocks
-//! come last and are not nested: `Bus::children`, `Bus::events`, the configuration window's, those
-//! of the requests.
+//! come last and are not nested: `Bus::children`, `Bus::events`, `Bus::channel`, the configuration
+//! window's, those of the requests.
 
 use hyperv_wire::vpci::{
     Event,
@@ -56,8 +56,10 @@ use vmbus::{
 };
 
 use crate::{
+    bars::Space,
     config::ConfigWindow,
     protocol::eproto,
+    relations::is_same,
     requests::{
         Requests,
         Response, //
@@ -102,8 +104,10 @@ impl Child {
 pub(crate) enum State {
     /// Not yet: it is being probed.
     Probing,
-    /// It is registered.
-    Installed(RootBus<Bus>),
+    /// It is registered, with windows of MMIO space that start there.
+    Installed(RootBus<Bus>, Space),
+    /// The same, and the machine is suspended.
+    Suspended(RootBus<Bus>, Space),
     /// Not any more.
     Removed,
 }
@@ -123,7 +127,6 @@ struct Events {
 pub(crate) struct Bus {
     pub(crate) dev: ARef<vmbus::Device>,
     pub(crate) domain: u16,
-    pub(crate) channel: SetOnce<ChannelHandle>,
     pub(crate) version: SetOnce<ProtocolVersion>,
     pub(crate) config: SetOnce<Pin<KBox<ConfigWindow>>>,
     pub(crate) requests: Requests,
@@ -133,6 +136,9 @@ pub(crate) struct Bus {
     pub(crate) children: SpinLockIrq<KVec<Arc<Child>>>,
     #[pin]
     events: SpinLockIrq<Events>,
+    /// The open channel; another one after the machine was suspended.
+    #[pin]
+    channel: SpinLockIrq<Option<ChannelHandle>>,
     #[pin]
     work: Work<Bus>,
     /// The first bus relations have been looked at.
@@ -157,7 +163,6 @@ impl Bus {
             try_pin_init!(Self {
                 dev,
                 domain,
-                channel: SetOnce::new(),
                 version: SetOnce::new(),
                 config: SetOnce::new(),
                 requests: Requests::new()?,
@@ -168,6 +173,7 @@ impl Bus {
                     relations: None,
                     ejects: KVec::new(),
                 }),
+                channel <- new_spinlock_irq!(None),
                 work <- new_work!("hv_pci::Bus::work"),
                 surveyed <- Completion::new(),
                 removing: Atomic::new(false),
@@ -192,9 +198,15 @@ impl Bus {
         self.removing.load(Relaxed)
     }
 
-    /// Access to the channel's rings.
-    pub(crate) fn ring(&self) -> Result<Ring<'_>> {
-        self.channel.as_ref().ok_or(ENODEV)?.ring()
+    /// The channel, to which a [`Ring`] gives access if it is open.
+    pub(crate) fn channel(&self) -> Result<ChannelHandle> {
+        self.channel.lock().clone().ok_or(ENODEV)
+    }
+
+    /// From now on this is the channel.
+    pub(crate) fn set_channel(&self, channel: &ChannelHandle) {
+        let old = self.channel.lock().replace(channel.clone());
+        drop(old);
     }
 
     /// The function in a slot.
@@ -222,7 +234,7 @@ impl Bus {
 
     /// Sends a message that is not answered.
     pub(crate) fn send(&self, message: &[u8]) -> Result {
-        self.ring()?.send_inband(message, 0, Reply::None)
+        self.channel()?.ring()?.send_inband(message, 0, Reply::None)
     }
 
     /// Sends a request and waits for the answer.
@@ -231,6 +243,7 @@ impl Bus {
         let start = Instant::<Monotonic>::now();
         loop {
             let sent = self
+                .channel()?
                 .ring()?
                 .send_inband(message, request.id(), Reply::Wanted);
             match sent {
@@ -255,6 +268,12 @@ impl Bus {
         })
     }
 
+    /// Accepts what the host says again, after [`Self::quiesce`].
+    pub(crate) fn accept(&self, queue: OrderedQueue) {
+        self.events.lock().queue = Some(queue);
+        self.removing.store(false, Relaxed);
+    }
+
     /// Accepts nothing from the host any more, and waits for what was accepted.
     pub(crate) fn quiesce(&self) {
         self.removing.store(true, Relaxed);
@@ -273,6 +292,31 @@ impl Bus {
         let mut events = self.events.lock();
         let ejects = core::mem::replace(&mut events.ejects, KVec::new());
         (events.relations.take(), ejects)
+    }
+
+    /// Leaves what [`Self::take_events`] gave for later, unless newer relations have come.
+    pub(crate) fn put_back(&self, relations: Option<KVec<Function>>, ejects: KVec<Arc<Child>>) {
+        let mut events = self.events.lock();
+        if events.relations.is_none() {
+            events.relations = relations;
+        }
+        for child in ejects {
+            // Without memory for it the host ejects it by force.
+            let _ = events.ejects.push(child, GFP_ATOMIC);
+        }
+    }
+
+    /// Has what was put back looked at.
+    pub(crate) fn look_again(self: &Arc<Self>) {
+        self.enqueue(|_| {});
+    }
+
+    /// Whether the bus relations that nobody has acted on yet list a function, or there are none.
+    pub(crate) fn lists(&self, child: &Child) -> bool {
+        match &self.events.lock().relations {
+            Some(functions) => functions.iter().any(|f| is_same(f, &child.function)),
+            None => true,
+        }
     }
 
     /// Reads all packets there are. Called by the channel, and by somebody who waits for an answer
@@ -345,7 +389,7 @@ impl Bus {
         }
     }
 
-    /// Notes an event and has it looked at. Tells whether events are accepted.
+    /// Notes an event and has all looked at. Tells whether events are accepted.
     fn enqueue(self: &Arc<Self>, note: impl FnOnce(&mut Events)) -> bool {
         let mut events = self.events.lock();
         if events.queue.is_none() {

@@ -14,11 +14,13 @@ use kernel::{
         Bound,
         Core, //
     },
+    new_mutex,
     prelude::*,
     str::CString,
     sync::{
         aref::ARef,
-        Arc, //
+        Arc,
+        Mutex, //
     },
 };
 use pci_host::{
@@ -81,6 +83,20 @@ impl vmbus::Driver for HvPci {
     fn unbind<'bound>(_dev: &'bound vmbus::Device<Core<'_>>, this: Pin<&Data>) {
         this.connection.remove();
     }
+
+    fn suspend<'bound>(
+        _dev: &'bound vmbus::Device<Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        this.connection.suspend()
+    }
+
+    fn resume<'bound>(
+        dev: &'bound vmbus::Device<Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        this.connection.resume(dev, &this.msi)
+    }
 }
 
 /// What belongs to a bus while it is bound.
@@ -88,29 +104,103 @@ impl vmbus::Driver for HvPci {
 /// The fields are dropped from first to last.
 pub(crate) struct Data {
     connection: Connection,
-    _msi: Arc<MsiDomain<Controller>>,
+    msi: Arc<MsiDomain<Controller>>,
 }
 
 /// The open channel, and what has to be said before it is closed.
 struct Connection {
     bus: Arc<Bus>,
-    _channel: Channel<Receiver>,
+    /// There is none while the machine is suspended.
+    channel: Pin<KBox<Mutex<Option<Channel<Receiver>>>>>,
+}
+
+/// Opens the channel of a bus.
+fn open_channel(dev: &vmbus::Device<Bound>, bus: &Arc<Bus>) -> Result<Channel<Receiver>> {
+    let params = OpenParams {
+        send_ring: vmbus::ring_size(RING_PAYLOAD),
+        recv_ring: vmbus::ring_size(RING_PAYLOAD),
+        read_mode: ReadMode::Batched,
+        max_packet_size: 0,
+    };
+    let channel = Channel::open(dev, &params, Ok(Receiver(bus.clone())))?;
+    bus.set_channel(channel.handle());
+    Ok(channel)
+}
+
+/// Where the events of a bus are looked at.
+fn queue(domain: u16) -> Result<OrderedQueue> {
+    OrderedQueue::new(c"hv_pci_", domain.into())
 }
 
 impl Connection {
     fn open(dev: &vmbus::Device<Bound>, bus: Arc<Bus>) -> Result<Self> {
-        let params = OpenParams {
-            send_ring: vmbus::ring_size(RING_PAYLOAD),
-            recv_ring: vmbus::ring_size(RING_PAYLOAD),
-            read_mode: ReadMode::Batched,
-            max_packet_size: 0,
-        };
-        let channel = Channel::open(dev, &params, Ok(Receiver(bus.clone())))?;
-        bus.channel.populate(channel.handle().clone());
+        let channel = open_channel(dev, &bus)?;
         Ok(Self {
             bus,
-            _channel: channel,
+            channel: KBox::pin_init(new_mutex!(Some(channel)), GFP_KERNEL)?,
         })
+    }
+
+    /// Leaves the host before the machine is suspended. The PCI core keeps the functions.
+    fn suspend(&self) -> Result {
+        let bus = &self.bus;
+        if !matches!(*bus.state.lock(), State::Installed(..)) {
+            return Err(EINVAL);
+        }
+        bus.quiesce();
+        if let Err(e) = bus.exit_d0() {
+            // The machine goes on, and so does the bus.
+            bus.accept(queue(bus.domain)?);
+            return Err(e);
+        }
+        let mut state = bus.state.lock();
+        *state = match core::mem::replace(&mut *state, State::Removed) {
+            State::Installed(root, start) => State::Suspended(root, start),
+            state => state,
+        };
+        drop(state);
+        let channel = self.channel.lock().take();
+        drop(channel);
+        Ok(())
+    }
+
+    /// Makes contact with the host again, maybe with another one, and gives the functions back what
+    /// they had.
+    fn resume(&self, dev: &vmbus::Device<Bound>, msi: &MsiDomain<Controller>) -> Result {
+        let bus = &self.bus;
+        let channel = open_channel(dev, bus)?;
+        self.enter_again(msi).inspect_err(|_| bus.quiesce())?;
+        *self.channel.lock() = Some(channel);
+        Ok(())
+    }
+
+    fn enter_again(&self, msi: &MsiDomain<Controller>) -> Result {
+        let bus = &self.bus;
+        // The functions were set up with this version.
+        bus.negotiate(&[bus.version()])?;
+        bus.accept(queue(bus.domain)?);
+        bus.surveyed.reinit();
+        bus.query_relations()?;
+
+        let mut state = bus.state.lock();
+        bus.enter_d0()?;
+        let mut children = bus.all_children()?;
+        children.retain(|child| bus.lists(child));
+        for child in &children {
+            bus.report_assigned(child)?;
+        }
+        *state = match core::mem::replace(&mut *state, State::Removed) {
+            State::Suspended(root, start) => {
+                bus.place_bars(&children, start);
+                root.compose_messages(msi);
+                State::Installed(root, start)
+            }
+            state => state,
+        };
+        drop(state);
+        // Functions may have come and gone meanwhile.
+        bus.look_again();
+        Ok(())
     }
 
     /// Undoes all that the PCI core and the host know of the bus.
@@ -120,11 +210,17 @@ impl Connection {
 
         let state = core::mem::replace(&mut *bus.state.lock(), State::Removed);
         let entered_d0 = match state {
-            State::Installed(mut root) => {
+            State::Installed(mut root, _) => {
                 root.stop();
                 bus.remove_slots();
                 drop(root);
                 true
+            }
+            // The host was left before.
+            State::Suspended(mut root, _) => {
+                root.stop();
+                bus.remove_slots();
+                false
             }
             // An attempt to probe undoes its D0 entry itself.
             State::Probing | State::Removed => false,
@@ -153,8 +249,7 @@ fn exit_d0(bus: &Bus) {
 impl Data {
     fn new(dev: &vmbus::Device<Bound>) -> Result<Self> {
         let domain = reserve_domain(dev)?;
-        let queue = OrderedQueue::new(c"hv_pci_", domain.number().into())?;
-        let bus = Bus::new(dev.into(), domain.number(), queue)?;
+        let bus = Bus::new(dev.into(), domain.number(), queue(domain.number())?)?;
 
         let connection = Connection::open(dev, bus.clone())?;
         bus.negotiate(&ProtocolVersion::ALL)?;
@@ -190,10 +285,7 @@ impl Data {
                 }
             }
         }
-        Ok(Self {
-            connection,
-            _msi: msi,
-        })
+        Ok(Self { connection, msi })
     }
 }
 
@@ -245,7 +337,7 @@ fn install(
     bus.create_slots(&root);
     root.add_devices(&lock);
     drop(lock);
-    Ok(State::Installed(root))
+    Ok(State::Installed(root, start))
 }
 
 /// Gets the bus its windows of MMIO space, and tells where they start.

@@ -139,7 +139,9 @@ impl Controller {
         })?;
 
         let request = bus.requests.begin()?;
-        bus.ring()?
+        let channel = bus.channel()?;
+        channel
+            .ring()?
             .send_inband(&message[..len], request.id(), Reply::Wanted)
             .inspect_err(|e| {
                 dev_err!(
@@ -161,7 +163,7 @@ impl Controller {
                 dev_err!(bus.log(), "Request for interrupt timed out\n");
                 return Err(ETIMEDOUT);
             }
-            bus.receive(&bus.ring()?);
+            bus.receive(&channel.ring()?);
             udelay(COMPOSE_POLL);
         }
 

@@ -28,6 +28,15 @@ impl Bus {
     pub(crate) fn handle_events(&self) {
         let (relations, ejects) = self.take_events();
         let state = self.state.lock();
+        if let State::Suspended(..) = &*state {
+            // The PCI core has to wake up first.
+            let surveyed = relations.is_some();
+            self.put_back(relations, ejects);
+            if surveyed {
+                self.surveyed.complete();
+            }
+            return;
+        }
         if let Some(functions) = relations {
             if self.update_children(&state, &functions).is_err() {
                 dev_err!(self.log(), "couldn't follow the bus relations\n");
@@ -77,7 +86,7 @@ impl Bus {
         let old = core::mem::replace(&mut *self.children.lock(), next);
         drop(old);
 
-        if let State::Installed(root) = state {
+        if let State::Installed(root, _) = state {
             self.announce(root, &new);
         }
         Ok(())
@@ -146,7 +155,7 @@ impl Bus {
 
     /// Takes the function from the PCI core.
     fn remove_child_device(&self, state: &State, child: &Child) {
-        if let State::Installed(root) = state {
+        if let State::Installed(root, _) = state {
             let lock = RescanLock::new();
             root.remove_device(&lock, child.function.slot.devfn());
         }
@@ -168,6 +177,6 @@ impl Bus {
 }
 
 /// Whether two descriptions are about the same function in the same place.
-fn is_same(a: &Function, b: &Function) -> bool {
+pub(crate) fn is_same(a: &Function, b: &Function) -> bool {
     (a.slot, a.vendor, a.device, a.serial) == (b.slot, b.vendor, b.device, b.serial)
 }

@@ -7,12 +7,15 @@ use std::time::{Duration, Instant};
 
 use super::guest::{Boot, Guest, Nic};
 use super::traffic::Link;
+use super::vf::{bonded, unicast};
 use super::{ensure, Context, Drivers, Result};
 
 /// Of the persistent memory; little of it is used.
 const SWAP: u64 = 512 << 20;
 /// What hibernating or waking up may take.
 const SLEEP: Duration = Duration::from_secs(180);
+/// What a VF may take to come back.
+const VF: Duration = Duration::from_secs(60);
 /// What the user has set, and must find again.
 const KEY: &str = "d1:d2:d3:d4:d5:d6:d7:d8:d9:da:db:dc:dd:de:df:e0:e1:e2:e3:e4:e5:e6:e7:e8:e9:ea:eb:ec:ed:ee:ef:f0:f1:f2:f3:f4:f5:f6:f7:f8";
 
@@ -60,6 +63,20 @@ fn hibernate(context: &mut Context<'_>, pmem: &Path) -> Result<()> {
     let outcome = streams.collect()?;
     context.check("TCP lived through it", || outcome.alive());
 
+    context.check("a VF joins", || {
+        guest.host.add_vf(&nic)?;
+        bonded(&guest, &nic)?;
+        unicast(&link)
+    });
+    context.check(
+        "frozen, thawed, quiesced and restored with the VF, which can carry the traffic",
+        || {
+            guest.sh("echo test_resume >/sys/power/disk")?;
+            guest.sh_within("echo disk >/sys/power/state", SLEEP)?;
+            by_vf(&link)
+        },
+    );
+
     context.check("the guest switches itself off", || {
         guest.sh("echo shutdown >/sys/power/disk; touch /root/before")?;
         guest.sh("(sleep 1; echo disk >/sys/power/state) </dev/null >/root/log 2>&1 &")?;
@@ -67,7 +84,10 @@ fn hibernate(context: &mut Context<'_>, pmem: &Path) -> Result<()> {
     });
     drop(guest);
 
-    let guest = context.boot(&boot)?;
+    let guest = context.boot(&Boot {
+        nics: vec![Nic::with_vf(0)],
+        ..boot
+    })?;
     let link = Link::new(&guest, lab, &nic);
     context.check("on a new host another kernel wakes it", || {
         persistent_memory(&guest)?;
@@ -84,6 +104,7 @@ fn hibernate(context: &mut Context<'_>, pmem: &Path) -> Result<()> {
             link.pings()
         },
     );
+    context.check("the VF can carry the traffic there", || by_vf(&link));
     context.check("its interface can still be changed", || {
         // A user's indirection table names the second channel.
         guest.sh(
@@ -134,6 +155,22 @@ pub fn taken_over(guest: &Guest, condition: &str, limit: Duration) -> Result<()>
             }
             _ => std::thread::sleep(Duration::from_millis(200)),
         }
+    }
+}
+
+/// Brings the VF up anew, and waits until it carries the traffic: mana resumes without an event that would take the
+/// data path back, with both driver sets.
+fn by_vf(link: &Link<'_>) -> Result<()> {
+    let name = link.nic.vf_name();
+    link.guest
+        .sh(&format!("ip link set {name} down && ip link set {name} up"))?;
+    let deadline = Instant::now() + VF;
+    loop {
+        let result = unicast(link);
+        if result.is_ok() || Instant::now() >= deadline {
+            return result;
+        }
+        std::thread::sleep(Duration::from_millis(500));
     }
 }
 

@@ -279,7 +279,8 @@ pub fn paths(guest: &Guest, nic: &Nic) -> Result<Paths> {
     })
 }
 
-fn unicast(link: &Link<'_>) -> Result<()> {
+/// Pings that all go by the VF.
+pub fn unicast(link: &Link<'_>) -> Result<()> {
     const PINGS: u64 = 50;
     let counters = || -> Result<[u64; 4]> {
         let all = link.guest.statistics("eth0")?;
