@@ -12,7 +12,8 @@ use std::{
 use clap::{Args, Subcommand, ValueEnum};
 
 use crate::{
-    Client, ClientError, Fault, Kind, LogPage, Reply, Request, Setting, Status, Target, MAX_SERVICE,
+    Client, ClientError, Fault, Kind, LogPage, PciAction, Reply, Request, Setting, Status, Target,
+    MAX_SERVICE,
 };
 
 /// Control a running lab.
@@ -166,6 +167,13 @@ enum Command {
         #[arg(long, default_value_t = 1)]
         times: u32,
     },
+    /// Do something with a virtual PCI bus that is not a VF's.
+    Pci {
+        /// Number of the bus.
+        bus: u32,
+        #[command(subcommand)]
+        action: PciAction,
+    },
     /// Set the link of the synthetic NIC.
     NicLink {
         /// The state.
@@ -295,6 +303,10 @@ impl Command {
                 times,
             },
             Self::Fault { fault, nic, times } => Request::Fault { nic, fault, times },
+            Self::Pci { bus, ref action } => Request::Pci {
+                bus,
+                action: action.clone(),
+            },
             Self::Service { duration, nic } => {
                 let duration = Duration::try_from_secs_f64(duration)
                     .ok()
@@ -435,6 +447,31 @@ fn print_status(out: &mut impl Write, status: &Status) -> io::Result<()> {
                 state(vf.link_up, "up", "down"),
                 vf.vpci_version.as_deref().unwrap_or("none"),
                 vf.interrupts,
+            )?;
+        }
+    }
+    for (number, bus) in status.buses.iter().enumerate() {
+        writeln!(
+            out,
+            "bus {number}: {} {}, protocol {}, {} interrupts",
+            bus.instance,
+            if bus.open {
+                "open"
+            } else {
+                state(bus.offered, "offered", "absent")
+            },
+            bus.vpci_version.as_deref().unwrap_or("none"),
+            bus.interrupts,
+        )?;
+        for (number, function) in bus.functions.iter().enumerate() {
+            writeln!(
+                out,
+                "  function {number}: {} at {:02x}.{} serial {} {}",
+                function.kind,
+                function.device,
+                function.function,
+                function.serial,
+                state(function.present, "present", "absent"),
             )?;
         }
     }

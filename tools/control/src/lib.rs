@@ -131,6 +131,13 @@ pub enum Request {
         /// How many times; zero takes it back.
         times: u32,
     },
+    /// Does something with a virtual PCI bus that is not a VF's.
+    Pci {
+        /// The bus, counted from zero as well.
+        bus: u32,
+        /// What.
+        action: PciAction,
+    },
     /// Host servicing: takes the VFs away and gives them back after a while. Replies at the end.
     Service {
         /// One NIC, or all.
@@ -158,6 +165,59 @@ pub enum Request {
     Status,
     /// Ends the lab.
     Quit,
+}
+
+/// What can be done with a virtual PCI bus. Its functions are numbered from zero.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, clap::Subcommand)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum PciAction {
+    /// Offer the bus with what is on it
+    Offer,
+    /// Eject what is on the bus, then rescind it
+    Remove,
+    /// Rescind the bus without any warning
+    Rescind,
+    /// Put a function on the bus
+    Add {
+        /// Number of the function
+        #[arg(default_value_t = 0)]
+        function: u32,
+    },
+    /// Ask the guest to give a function up
+    Eject {
+        /// Number of the function
+        #[arg(default_value_t = 0)]
+        function: u32,
+    },
+    /// Pull a function off the bus without asking
+    Pull {
+        /// Number of the function
+        #[arg(default_value_t = 0)]
+        function: u32,
+    },
+    /// Tell the function's driver that configuration blocks have changed
+    Invalidate {
+        /// Number of the function
+        function: u32,
+        /// One bit for each block, 0x before hexadecimal digits
+        #[arg(value_parser = parse_mask)]
+        mask: u64,
+    },
+    /// Let something go wrong the next time it comes up
+    Fault {
+        /// What; only the faults of buses, pci-...
+        fault: Fault,
+        /// How many times; 0 takes it back
+        #[arg(long, default_value_t = 1)]
+        times: u32,
+    },
+}
+
+fn parse_mask(text: &str) -> Result<u64, std::num::ParseIntError> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    }
 }
 
 /// One of a NIC's devices.
@@ -320,6 +380,41 @@ pub struct Status {
     pub interrupts: u64,
     /// The NICs.
     pub nics: Vec<NicStatus>,
+    /// The virtual PCI buses that are not a VF's.
+    #[serde(default)]
+    pub buses: Vec<BusStatus>,
+}
+
+/// The state of a virtual PCI bus that is not a VF's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BusStatus {
+    /// Instance GUID.
+    pub instance: String,
+    /// Whether the bus is offered.
+    pub offered: bool,
+    /// Whether the guest's driver has it open.
+    pub open: bool,
+    /// Negotiated protocol.
+    pub vpci_version: Option<String>,
+    /// Interrupts that the guest has set up.
+    pub interrupts: u32,
+    /// The functions that can be on it.
+    pub functions: Vec<FunctionStatus>,
+}
+
+/// The state of a function of a virtual PCI bus.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FunctionStatus {
+    /// What it is.
+    pub kind: String,
+    /// Device number.
+    pub device: u8,
+    /// Function number.
+    pub function: u8,
+    /// Serial number, which names its slot.
+    pub serial: u32,
+    /// Whether it is on the bus, or will be when that is offered.
+    pub present: bool,
 }
 
 /// The state of one NIC.
@@ -426,6 +521,9 @@ pub trait Lab: Send + Sync {
     /// See [`Request::Fault`].
     fn fault(&self, nic: u32, fault: Fault, times: u32) -> Result<(), String>;
 
+    /// See [`Request::Pci`].
+    fn pci(&self, bus: u32, action: &PciAction) -> Result<(), String>;
+
     /// Writes a line of what the control socket does into the message log.
     fn note(&self, event: &str);
 
@@ -471,6 +569,7 @@ pub fn execute(lab: &dyn Lab, request: &Request) -> Response {
             times,
         } => send(lab, nic, kind, transaction, messages, times),
         Request::Fault { nic, fault, times } => lab.fault(nic, fault, times),
+        Request::Pci { bus, ref action } => lab.pci(bus, action),
         Request::Service { nic, duration_ms } => {
             service(lab, nic, Duration::from_millis(duration_ms))
         }

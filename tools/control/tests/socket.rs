@@ -12,8 +12,8 @@ use std::{
 };
 
 use lab_control::{
-    Client, ClientError, Fault, Kind, Lab, LogPage, NicStatus, Reply, Request, Server, Setting,
-    Status, Target, VfStatus,
+    Client, ClientError, Fault, Kind, Lab, LogPage, NicStatus, PciAction, Reply, Request, Server,
+    Setting, Status, Target, VfStatus,
 };
 
 #[derive(Default)]
@@ -83,6 +83,10 @@ impl Lab for Recorder {
 
     fn fault(&self, nic: u32, fault: Fault, times: u32) -> Result<(), String> {
         self.add(format!("fault {nic} {fault:?} {times}"))
+    }
+
+    fn pci(&self, bus: u32, action: &PciAction) -> Result<(), String> {
+        self.add(format!("pci {bus} {action:?}"))
     }
 
     fn note(&self, event: &str) {
@@ -164,6 +168,14 @@ fn requests_reach_the_lab() {
             messages: vec!["00fF".into(), "".into()],
             times: 2,
         },
+        Request::Pci {
+            bus: 1,
+            action: PciAction::Offer,
+        },
+        Request::Pci {
+            bus: 0,
+            action: PciAction::Eject { function: 3 },
+        },
         Request::Service {
             nic: None,
             duration_ms: 1,
@@ -187,6 +199,8 @@ fn requests_reach_the_lab() {
             "set 2 Rsc Some(1)",
             "send 1 Rndis 0 [[0, ff], []]",
             "send 1 Rndis 0 [[0, ff], []]",
+            "pci 1 Offer",
+            "pci 0 Eject { function: 3 }",
             "SERVICE_BEGIN",
             "remove 1",
             "remove 3",

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What is behind the guest's VMBus: the bus, its NICs and their VFs, and the control socket.
+//! What is behind the guest's VMBus: the bus, its NICs and their VFs, other PCI buses, and the control socket.
 
+mod bus;
 mod nic;
 mod options;
+mod pci;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,7 +13,7 @@ use std::sync::{mpsc, Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use lab_control::{Fault, Kind, Lab, LogPage, Server, Setting, Status, Target};
+use lab_control::{Fault, Kind, Lab, LogPage, PciAction, Server, Setting, Status, Target};
 use vmbus_host::{Counters, Direction, MessageLog, Platform, VmbusHost};
 use vmm::{Hypercalls, Machine, Stopper};
 use vpci::RetargetRouter;
@@ -19,6 +21,7 @@ use vpci::RetargetRouter;
 pub use nic::peer_name;
 use nic::LabNic;
 pub use options::HostArgs;
+use pci::PciBus;
 
 /// Lines of the message log that are kept.
 const LOG_LINES: usize = 100_000;
@@ -45,6 +48,7 @@ struct Devices {
     log: Arc<MessageLog>,
     counters: Arc<Counters>,
     nics: Vec<LabNic>,
+    buses: Vec<PciBus>,
     stopper: Mutex<Option<Stopper>>,
 }
 
@@ -96,15 +100,23 @@ impl Host {
             log,
             counters,
             nics: Vec::new(),
+            buses: Vec::new(),
             stopper: Mutex::new(None),
         };
         for (number, spec) in args.nics().into_iter().enumerate() {
             let nic = LabNic::new(number, spec, args, machine, &devices)?;
             devices.nics.push(nic);
         }
+        for (number, spec) in args.buses().enumerate() {
+            let bus = PciBus::new(number, spec, args, machine, &devices);
+            devices.buses.push(bus);
+        }
         // Only now: a NIC that cannot be made ends it all.
         for nic in &devices.nics {
             nic.start()?;
+        }
+        for bus in &devices.buses {
+            bus.start()?;
         }
         let devices = Arc::new(devices);
         let (stop, stopped) = mpsc::channel();
@@ -165,6 +177,7 @@ impl Drop for Host {
         for nic in &self.devices.nics {
             nic.shut_down();
         }
+        self.devices.buses.iter().for_each(PciBus::shut_down);
     }
 }
 
@@ -249,6 +262,16 @@ impl Lab for Devices {
         Ok(())
     }
 
+    fn pci(&self, bus: u32, action: &PciAction) -> Result<(), String> {
+        let found = self.buses.get(bus as usize).ok_or_else(|| {
+            format!(
+                "there is no bus {bus}: they count from 0, and there are {}",
+                self.buses.len()
+            )
+        })?;
+        found.act(action)
+    }
+
     fn note(&self, event: &str) {
         let (name, fields) = event.split_once(' ').unwrap_or((event, ""));
         self.log.record(Direction::Host, "control", name, fields);
@@ -277,6 +300,7 @@ impl Lab for Devices {
     fn status(&self) -> Status {
         let usage = self.bus.usage();
         let nics: Vec<_> = self.nics.iter().map(LabNic::status).collect();
+        let buses: Vec<_> = self.buses.iter().map(PciBus::status).collect();
         Status {
             vmbus_version: usage.version.map(|version| version.to_string()),
             channels_offered: usage.offered as u64,
@@ -286,9 +310,12 @@ impl Lab for Devices {
             interrupts: nics
                 .iter()
                 .filter_map(|nic| nic.vf.as_ref())
-                .map(|vf| u64::from(vf.interrupts))
+                .map(|vf| vf.interrupts)
+                .chain(buses.iter().map(|bus| bus.interrupts))
+                .map(u64::from)
                 .sum(),
             nics,
+            buses,
         }
     }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use clap::{Args as ClapArgs, ValueEnum};
-use vmm::{Config, Console, ExitReason, Vm};
+use vmm::{Config, Console, ExitReason, Vm, Window, HIGH_MMIO, LOW_MMIO};
 
 use crate::cpio::Archive;
 use crate::host::{Host, HostArgs};
@@ -86,6 +86,14 @@ pub struct Args {
     /// Memory of the guest in MiB
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
     pub memory: u32,
+    /// MMIO space below 4 GiB for devices, in MiB
+    #[arg(long, default_value_t = (LOW_MMIO.len >> 20) as u32, value_name = "MIB",
+        value_parser = clap::value_parser!(u32).range(1..=i64::from((LOW_MMIO.len >> 20) as u32)))]
+    pub low_mmio: u32,
+    /// MMIO space above 4 GiB for devices, in MiB
+    #[arg(long, default_value_t = (HIGH_MMIO.len >> 20) as u32, value_name = "MIB",
+        value_parser = clap::value_parser!(u32).range(1..=i64::from((HIGH_MMIO.len >> 20) as u32)))]
+    pub high_mmio: u32,
     /// A file that the guest has as persistent memory, /dev/pmem0, and that keeps what is written
     /// to it when the guest ends; its length is a multiple of 2 MiB
     #[arg(long, value_name = "FILE")]
@@ -181,6 +189,8 @@ impl Args {
             ),
             format!("--cpus={}", self.cpus),
             format!("--memory={}", self.memory),
+            format!("--low-mmio={}", self.low_mmio),
+            format!("--high-mmio={}", self.high_mmio),
             format!("--append={}", self.append),
         ];
         if self.builtin_pci {
@@ -311,6 +321,14 @@ fn kernel_release(kernel: &Path) -> Result<String> {
     }
 }
 
+/// The first MiB of a window.
+fn beginning(window: Window, mib: u32) -> Window {
+    Window {
+        len: u64::from(mib) << 20,
+        ..window
+    }
+}
+
 /// Standard input in a form that the console can wait for.
 fn keyboard() -> io::Result<File> {
     let (reader, mut writer) = UnixStream::pair()?;
@@ -350,8 +368,8 @@ pub fn run(args: &Args) -> Result<i32> {
         isolated: args.isolated,
         console,
         agent: args.agent.clone(),
-        low_mmio: vmm::LOW_MMIO,
-        high_mmio: vmm::HIGH_MMIO,
+        low_mmio: beginning(LOW_MMIO, args.low_mmio),
+        high_mmio: beginning(HIGH_MMIO, args.high_mmio),
     });
     // It is in the guest's memory now.
     let _ = fs::remove_file(&overlay_file);

@@ -9,25 +9,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hyperv_wire::{
-    nvsp, rndis,
-    vpci::{self as wire_vpci, SlotNumber},
-};
+use hyperv_wire::{nvsp, rndis, vpci::SlotNumber};
 use lab_control::{DataPath, Fault, Kind, NicStatus, Setting, VfStatus};
 use mana::{ManaVf, VfOptions};
 use netvsp::{FaultAction, FaultPoint, Nic, Raw, SwitchPort, Uplink};
 use vmbus_host::{Counters, Direction, Guid, MessageLog, Platform, VmbusHost};
 use vmm::Machine;
-use vpci::{Bus, BusCounters, BusOptions, Faults, RetargetRouter, VpciDevice};
+use vpci::VpciDevice;
 
+use super::bus::{released, BusMaker, EJECT};
 use super::options::{nvsp_name, vpci_name, HostArgs, Spec, Vf as VfWish};
 use super::Devices;
 
-/// What a guest may take to give a VF up when asked to.
-const EJECT: Duration = Duration::from_secs(30);
-/// What a guest may take to release a rescinded device. The mana driver of a VF that has gone without warning waits
-/// 30 seconds for an answer.
-const RELEASE: Duration = Duration::from_secs(60);
 /// What the driver of the synthetic device may take to be told of its VF.
 const TELL: Duration = Duration::from_secs(5);
 /// First version of NVSP in which a driver can be told of a VF.
@@ -82,30 +75,6 @@ struct VfState {
 struct Vf {
     device: Arc<VpciDevice>,
     function: Arc<ManaVf>,
-}
-
-/// All that a virtual PCI bus needs; a rescinded one is not used again.
-struct BusMaker {
-    options: BusOptions,
-    machine: Arc<Machine>,
-    retarget: Arc<RetargetRouter>,
-    counters: BusCounters,
-    faults: Arc<Faults>,
-    name: String,
-}
-
-impl BusMaker {
-    fn make(&self) -> Arc<Bus> {
-        let machine = self.machine.clone();
-        let bus = Bus::new(
-            self.options.clone(),
-            self.machine.mmio().clone(),
-            Arc::new(move |address, data| machine.signal_msi(address, data)),
-            self.counters.clone(),
-        );
-        self.retarget.add(&bus);
-        bus
-    }
 }
 
 /// The only function of a bus: where Azure has it for MANA.
@@ -163,7 +132,6 @@ impl LabNic {
         let nic = Nic::new(config, port, devices.log.clone(), &devices.counters).map_err(failed)?;
 
         let serial = spec.serial.unwrap_or(number as u32 + 1);
-        let bus_name = format!("vpci{number}");
         let instance = spec.bus.unwrap_or_else(|| {
             // As a guest names the domain after the third group: 7870 is usual for MANA on Azure.
             Guid::new(
@@ -186,18 +154,13 @@ impl LabNic {
                 speed: VF_SPEED,
             },
             vf_at_boot: spec.vf == VfWish::Mana,
-            bus: BusMaker {
-                options: BusOptions {
-                    instance,
-                    newest_version: args.vpci_version(),
-                    processors: machine.vp_count(),
-                },
-                machine: machine.clone(),
-                retarget: devices.retarget.clone(),
-                counters: BusCounters::new(&devices.counters, &bus_name),
-                faults: Arc::default(),
-                name: bus_name,
-            },
+            bus: BusMaker::new(
+                &format!("vpci{number}"),
+                instance,
+                args.vpci_version(),
+                machine,
+                devices,
+            ),
             bus_host: devices.bus.clone(),
             log: devices.log.clone(),
             counters: devices.counters.clone(),
@@ -236,7 +199,7 @@ impl LabNic {
         }
         if let Err(error) = self.offer_vf() {
             self.log
-                .record(Direction::Host, &self.bus.name, "NOT_OFFERED", error);
+                .record(Direction::Host, self.bus.name(), "NOT_OFFERED", error);
             lock(&self.vf).wanted = false;
         }
     }
@@ -259,18 +222,7 @@ impl LabNic {
         let instance = self.nic.config().instance;
         self.offered.store(false, Ordering::Relaxed);
         self.bus_host.remove_device(instance);
-        self.released(instance)
-    }
-
-    fn released(&self, instance: Guid) -> Result<(), String> {
-        if self.bus_host.wait_removed(instance, RELEASE) {
-            Ok(())
-        } else {
-            Err(format!(
-                "the guest has not released {instance} within {} seconds",
-                RELEASE.as_secs()
-            ))
-        }
+        released(&self.bus_host, instance)
     }
 
     /// Sets the link of the synthetic device.
@@ -368,7 +320,7 @@ impl LabNic {
         if vf.present.is_some() {
             return Err(format!("{} has its VF", self.name()));
         }
-        let machine = &self.bus.machine;
+        let machine = self.bus.machine();
         let function = ManaVf::new(
             &self.vf_options,
             machine.memory().clone(),
@@ -380,19 +332,14 @@ impl LabNic {
         if vf.link_down {
             function.set_link(false);
         }
-        let device = VpciDevice::new(
-            &self.bus.name,
-            self.bus.make(),
-            self.log.clone(),
-            self.bus.faults.clone(),
-        );
+        let device = self.bus.make();
         if !device.add_function(slot(), self.slot, None, function.clone()) {
-            return Err(format!("{}: the slot is taken", self.bus.name));
+            return Err(format!("{}: the slot is taken", self.bus.name()));
         }
         self.nic.port().set_vf_sink(Some(function.clone()));
         if let Err(error) = self.bus_host.add_device(device.clone()) {
             self.nic.port().set_vf_sink(None);
-            return Err(format!("{}: {error}", self.bus.name));
+            return Err(format!("{}: {error}", self.bus.name()));
         }
         vf.present = Some(Vf { device, function });
         vf.wanted = false;
@@ -441,7 +388,7 @@ impl LabNic {
         self.nic.port().set_vf_sink(None);
         vf.device.about_to_rescind();
         self.bus_host.remove_device(instance);
-        self.released(instance)
+        released(&self.bus_host, instance)
     }
 
     /// Sets the link of the VF, also for the next one.
@@ -457,7 +404,6 @@ impl LabNic {
     /// Lets something go wrong the next times it comes up.
     pub(super) fn inject(&self, fault: Fault, times: u32) {
         use nvsp::MessageType as Nvsp;
-        use wire_vpci::MessageType as Pci;
         let nic = |point, action| {
             self.nic.inject(netvsp::Fault {
                 point,
@@ -466,8 +412,9 @@ impl LabNic {
             });
         };
         let (mute, refuse) = (FaultAction::Mute, FaultAction::Refuse);
-        let bus = |request, action| self.bus.faults.inject(request, action, times);
-        let (bus_mute, bus_refuse) = (vpci::FaultAction::Mute, vpci::FaultAction::Refuse);
+        if self.bus.inject(fault, times) {
+            return;
+        }
         match fault {
             Fault::NvspInitUnanswered => nic(FaultPoint::Nvsp(Nvsp::INIT), mute),
             Fault::ReceiveBufferRefused => {
@@ -486,15 +433,12 @@ impl LabNic {
                 FaultPoint::Nvsp(Nvsp::SWITCH_DATA_PATH),
                 FaultAction::Delay(DATA_PATH_DELAY),
             ),
-            Fault::PciVersionUnanswered => bus(Pci::QUERY_PROTOCOL_VERSION, bus_mute),
-            Fault::PciRelationsUnsent => bus(Pci::QUERY_BUS_RELATIONS, bus_mute),
-            Fault::PciD0Unanswered => bus(Pci::BUS_D0_ENTRY, bus_mute),
-            Fault::PciD0Refused => bus(Pci::BUS_D0_ENTRY, bus_refuse),
-            // Which of the two it is depends on the version.
-            Fault::PciResourcesRefused => {
-                bus(Pci::RESOURCES_ASSIGNED, bus_refuse);
-                bus(Pci::RESOURCES_ASSIGNED2, bus_refuse);
-            }
+            // The bus has taken it.
+            Fault::PciVersionUnanswered
+            | Fault::PciRelationsUnsent
+            | Fault::PciD0Unanswered
+            | Fault::PciD0Refused
+            | Fault::PciResourcesRefused => {}
         }
     }
 
@@ -541,14 +485,14 @@ impl LabNic {
             },
             netns: Some(self.peer.name.clone()),
             vf: Some(VfStatus {
-                instance: self.bus.options.instance.to_string(),
+                instance: self.bus.instance().to_string(),
                 serial: self.serial,
                 offered: device.is_some(),
                 open: version.is_some(),
                 associated: status.association.is_some(),
                 link_up: !vf.link_down,
                 vpci_version: version.map(vpci_name),
-                interrupts: u32::try_from(self.interrupts()).unwrap_or(u32::MAX),
+                interrupts: self.bus.interrupts(),
             }),
         }
     }
@@ -556,12 +500,6 @@ impl LabNic {
     /// Runs a shell command in the namespace of the peer.
     pub(super) fn run_at_peer(&self, command: &str) -> Result<String, String> {
         self.peer.run(command)
-    }
-
-    fn interrupts(&self) -> u64 {
-        self.counters
-            .counter(&format!("{}.interrupts.live", self.bus.name))
-            .get()
     }
 
     /// Ends the switch port.

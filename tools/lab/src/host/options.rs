@@ -7,6 +7,8 @@ use clap::Args;
 use hyperv_wire::{nvsp, vpci::ProtocolVersion};
 use vmbus_host::{Config, Guid, Version};
 
+use super::pci::Kind;
+
 /// The host's part of the command line.
 #[derive(Debug, Clone, Args)]
 pub struct HostArgs {
@@ -21,6 +23,16 @@ pub struct HostArgs {
     /// Repeat the option for more NICs. Without it there is one NIC with a VF.
     #[arg(long = "nic", value_name = "SPEC")]
     nics: Vec<NicOption>,
+    /// A virtual PCI bus that is not a VF's: KEY=VALUE,… of bus, version, offer=boot|later, and of each function, with a + between them: kind, slot, serial, node, add=boot|later
+    ///
+    /// `bus`: instance GUID, whose third word becomes the PCI domain; `version`: newest version, instead of
+    /// `--vpci-version`; `offer`: whether it is there at boot. `kind`: what the function is, given first (`test` if not given);
+    /// `slot`: DEVICE or DEVICE.FUNCTION; `serial`: names its slot in the guest; `node`: NUMA node; `add`: whether
+    /// it is on the bus at first. A `test` has `barN=SIZE[:64][:pref]` with a suffix K, M or G, `msi` and `msix`:
+    /// numbers of vectors.
+    /// Repeat the option for more buses.
+    #[arg(long = "pci", value_name = "SPEC")]
+    buses: Vec<PciOption>,
     /// Newest version of the VMBus protocol that the host takes
     #[arg(long, default_value = "6.0", value_name = "VERSION", value_parser = vmbus_version)]
     vmbus_version: Version,
@@ -37,6 +49,41 @@ pub struct HostArgs {
 enum NicOption {
     None,
     Nic { text: String, spec: Spec },
+}
+
+/// What `--pci` may be.
+#[derive(Debug, Clone)]
+struct PciOption {
+    text: String,
+    spec: PciSpec,
+}
+
+/// A virtual PCI bus as the command line describes it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PciSpec {
+    /// Instance GUID.
+    pub bus: Option<Guid>,
+    /// Newest version of the protocol that is taken.
+    pub version: Option<ProtocolVersion>,
+    /// It is not offered at boot.
+    pub later: bool,
+    /// What can be on it.
+    pub functions: Vec<FunctionSpec>,
+}
+
+/// A function as the command line describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FunctionSpec {
+    /// Device and function number.
+    pub slot: Option<(u8, u8)>,
+    /// Names its slot in the guest.
+    pub serial: Option<u32>,
+    /// NUMA node.
+    pub node: Option<u16>,
+    /// It is not on the bus at first.
+    pub later: bool,
+    /// What it is.
+    pub kind: Kind,
 }
 
 /// A NIC as the command line describes it.
@@ -148,6 +195,116 @@ impl FromStr for NicOption {
     }
 }
 
+/// `boot` or `later`.
+fn is_later(text: &str) -> Option<bool> {
+    match text {
+        "boot" => Some(false),
+        "later" => Some(true),
+        _ => None,
+    }
+}
+
+/// `DEVICE` or `DEVICE.FUNCTION`.
+fn slot(text: &str) -> Option<(u8, u8)> {
+    let (device, function) = text.split_once('.').unwrap_or((text, "0"));
+    Some((number(device, 0..=31)?, number(function, 0..=7)?))
+}
+
+impl PciSpec {
+    /// The bus's part of a pair. `None` if it is not the bus's, otherwise whether the value is one.
+    fn set(&mut self, key: &str, value: &str) -> Option<bool> {
+        match key {
+            "bus" => {
+                self.bus = Guid::parse(value).ok();
+                Some(self.bus.is_some())
+            }
+            "version" => {
+                self.version = vpci_version(value).ok();
+                Some(self.version.is_some())
+            }
+            "offer" => {
+                let later = is_later(value);
+                self.later = later == Some(true);
+                Some(later.is_some())
+            }
+            _ => None,
+        }
+    }
+}
+
+impl FunctionSpec {
+    fn new(kind: Kind) -> Self {
+        Self {
+            slot: None,
+            serial: None,
+            node: None,
+            later: false,
+            kind,
+        }
+    }
+
+    /// The function's part of a pair, in the same way.
+    fn set(&mut self, key: &str, value: &str) -> Option<bool> {
+        match key {
+            "kind" => {
+                let kind = Kind::named(value);
+                let known = kind.is_some();
+                if let Some(kind) = kind {
+                    self.kind = kind;
+                }
+                Some(known)
+            }
+            "slot" => {
+                self.slot = slot(value);
+                Some(self.slot.is_some())
+            }
+            "serial" => {
+                self.serial = number(value, 0..=u32::MAX);
+                Some(self.serial.is_some())
+            }
+            "node" => {
+                self.node = number(value, 0..=u16::MAX);
+                Some(self.node.is_some())
+            }
+            "add" => {
+                let later = is_later(value);
+                self.later = later == Some(true);
+                Some(later.is_some())
+            }
+            _ => self.kind.set(key, value),
+        }
+    }
+}
+
+impl FromStr for PciOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut spec = PciSpec::default();
+        for part in text.split('+') {
+            let mut function = FunctionSpec::new(Kind::DEFAULT);
+            for pair in part.split(',').filter(|pair| !pair.is_empty()) {
+                let (key, value) = pair
+                    .split_once('=')
+                    .ok_or_else(|| format!("{pair:?} is not KEY=VALUE"))?;
+                let taken = spec
+                    .set(key, value)
+                    .or_else(|| function.set(key, value))
+                    .ok_or_else(|| format!("{key:?} is no property of such a bus or function"))?;
+                if !taken {
+                    return Err(format!("{value:?} is no {key}"));
+                }
+            }
+            function.kind.check()?;
+            spec.functions.push(function);
+        }
+        Ok(Self {
+            text: text.to_owned(),
+            spec,
+        })
+    }
+}
+
 /// A version among the known ones, by its usual name.
 fn version<T: Copy>(text: &str, known: &[(String, T)]) -> Result<T, String> {
     let names = || {
@@ -222,6 +379,11 @@ impl HostArgs {
             .collect()
     }
 
+    /// The virtual PCI buses that are not a VF's.
+    pub fn buses(&self) -> impl Iterator<Item = PciSpec> + '_ {
+        self.buses.iter().map(|bus| bus.spec.clone())
+    }
+
     /// How the bus behaves.
     pub fn vmbus_config(&self) -> Config {
         Config {
@@ -247,6 +409,7 @@ impl HostArgs {
             NicOption::Nic { text, .. } => text,
         });
         let mut args: Vec<String> = nics.map(|text| format!("--nic={text}")).collect();
+        args.extend(self.buses.iter().map(|bus| format!("--pci={}", bus.text)));
         args.push(format!("--vmbus-version={}", self.vmbus_version));
         args.push(format!("--nvsp-version={}", nvsp_name(self.nvsp_version)));
         args.push(format!("--vpci-version={}", vpci_name(self.vpci_version)));
@@ -299,6 +462,48 @@ mod tests {
 
         assert!(parse(&["--nic=none"]).unwrap().nics().is_empty());
         assert_eq!(parse(&[]).unwrap().nics().len(), 1);
+    }
+
+    #[test]
+    fn buses_are_parsed() {
+        let args = parse(&[
+            "--pci=bus=e9ac9b28-cf63-4466-9ae3-4b849c3ee03b,version=1.2,msix=64,bar2=16G:64:pref+slot=3.1,node=1,\
+             serial=5,msi=4,add=later",
+            "--pci=offer=later",
+        ])
+        .unwrap();
+        let buses: Vec<_> = args.buses().collect();
+        assert_eq!(buses.len(), 2);
+        assert_eq!(buses[0].bus.unwrap().to_bytes()[4..6], [0x63, 0xcf]);
+        assert_eq!(buses[0].version, Some(ProtocolVersion::V1_2));
+        let [first, second] = &buses[0].functions[..] else {
+            panic!("{buses:?}");
+        };
+        assert_eq!((first.slot, first.later), (None, false));
+        assert_eq!((second.slot, second.node), (Some((3, 1)), Some(1)));
+        assert_eq!((second.serial, second.later), (Some(5), true));
+        assert_ne!(first.kind, second.kind);
+        assert!(buses[1].later);
+        assert_eq!(buses[1].functions, [FunctionSpec::new(Kind::DEFAULT)]);
+
+        let again = args.to_args();
+        let again: Vec<&str> = again.iter().map(String::as_str).collect();
+        assert!(parse(&again).unwrap().buses().eq(buses));
+        for bus in [
+            "bus=1",
+            "version=1.5",
+            "offer=now",
+            "kind=disk",
+            "slot=32",
+            "slot=1.8",
+            "slot=1.1.1",
+            "bar1=4K:64,bar2=4K",
+            "msi=5",
+            "msi",
+            "queues=2",
+        ] {
+            assert!(parse(&[&format!("--pci={bus}")]).is_err(), "{bus}");
+        }
     }
 
     #[test]

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What the virtual PCI buses of VFs and of other functions have in common.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyperv_wire::vpci::{MessageType, ProtocolVersion};
+use lab_control::Fault;
+use vmbus_host::{Guid, MessageLog, Platform, VmbusHost};
+use vmm::Machine;
+use vpci::{Bus, BusCounters, BusOptions, FaultAction, Faults, RetargetRouter, VpciDevice};
+
+use super::Devices;
+
+/// What a guest may take to give a function up when asked to.
+pub const EJECT: Duration = Duration::from_secs(30);
+/// What a guest may take to release a rescinded device. The mana driver of a VF that has gone without warning waits
+/// 30 seconds for an answer.
+const RELEASE: Duration = Duration::from_secs(60);
+
+/// All that a virtual PCI bus needs; a rescinded one is not used again.
+pub struct BusMaker {
+    name: String,
+    options: BusOptions,
+    machine: Arc<Machine>,
+    retarget: Arc<RetargetRouter>,
+    counters: BusCounters,
+    log: Arc<MessageLog>,
+    faults: Arc<Faults>,
+}
+
+impl BusMaker {
+    /// For the bus `name` of the log and the counters.
+    pub fn new(
+        name: &str,
+        instance: Guid,
+        newest_version: ProtocolVersion,
+        machine: &Arc<Machine>,
+        devices: &Devices,
+    ) -> Self {
+        Self {
+            name: name.to_owned(),
+            options: BusOptions {
+                instance,
+                newest_version,
+                processors: machine.vp_count(),
+            },
+            machine: machine.clone(),
+            retarget: devices.retarget.clone(),
+            counters: BusCounters::new(&devices.counters, name),
+            log: devices.log.clone(),
+            faults: Arc::default(),
+        }
+    }
+
+    /// A new bus without functions.
+    pub fn make(&self) -> Arc<VpciDevice> {
+        let machine = self.machine.clone();
+        let bus = Bus::new(
+            self.options.clone(),
+            self.machine.mmio().clone(),
+            Arc::new(move |address, data| machine.signal_msi(address, data)),
+            self.counters.clone(),
+        );
+        self.retarget.add(&bus);
+        VpciDevice::new(&self.name, bus, self.log.clone(), self.faults.clone())
+    }
+
+    /// Name in the log and of the counters.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Instance GUID.
+    pub fn instance(&self) -> Guid {
+        self.options.instance
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    /// Interrupts that the guest has.
+    pub fn interrupts(&self) -> u32 {
+        u32::try_from(self.counters.interrupts.live.get()).unwrap_or(u32::MAX)
+    }
+
+    /// Lets something go wrong the next times it comes up. Says whether it is a fault of a bus.
+    pub fn inject(&self, fault: Fault, times: u32) -> bool {
+        let inject = |request, action| self.faults.inject(request, action, times);
+        let (mute, refuse) = (FaultAction::Mute, FaultAction::Refuse);
+        match fault {
+            Fault::PciVersionUnanswered => inject(MessageType::QUERY_PROTOCOL_VERSION, mute),
+            Fault::PciRelationsUnsent => inject(MessageType::QUERY_BUS_RELATIONS, mute),
+            Fault::PciD0Unanswered => inject(MessageType::BUS_D0_ENTRY, mute),
+            Fault::PciD0Refused => inject(MessageType::BUS_D0_ENTRY, refuse),
+            // Which of the two it is depends on the version.
+            Fault::PciResourcesRefused => {
+                inject(MessageType::RESOURCES_ASSIGNED, refuse);
+                inject(MessageType::RESOURCES_ASSIGNED2, refuse);
+            }
+            _ => return false,
+        }
+        true
+    }
+}
+
+/// Waits until the guest has released a rescinded device.
+pub fn released(host: &VmbusHost, instance: Guid) -> Result<(), String> {
+    if host.wait_removed(instance, RELEASE) {
+        Ok(())
+    } else {
+        Err(format!(
+            "the guest has not released {instance} within {} seconds",
+            RELEASE.as_secs()
+        ))
+    }
+}
