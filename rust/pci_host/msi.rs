@@ -41,7 +41,9 @@ pub struct MsiMessage {
 /// How an interrupt relates to others of its device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum MsiKind {
-    /// An interrupt with a message of its own: MSI-X, or the only MSI.
+    /// An interrupt with a message of its own, which is masked before it is requested.
+    MsiX,
+    /// The only MSI.
     Single,
     /// One of several MSIs, whose messages have the same address and consecutive data.
     Multi {
@@ -113,6 +115,7 @@ impl Interrupt<'_> {
                 index: self.irq().wrapping_sub(base),
                 count,
             },
+            _ if is_msix => MsiKind::MsiX,
             _ => MsiKind::Single,
         }
     }
@@ -129,6 +132,12 @@ impl Interrupt<'_> {
                 data: *(*msg).__bindgen_anon_3.data.as_ref(),
             }
         }
+    }
+
+    /// Whether the interrupt is, or is about to be, in use. Before a driver requests it, it has a
+    /// vector that all such interrupts share.
+    pub fn is_requested(&self) -> bool {
+        self.vector() != bindings::MANAGED_IRQ_SHUTDOWN_VECTOR
     }
 
     /// The CPU's vector that the interrupt has at present.

@@ -65,8 +65,14 @@ use crate::{
 /// How long the host has to set up an interrupt. The CPU can do nothing else meanwhile.
 const COMPOSE_TIMEOUT: Delta = Delta::from_secs(5);
 
-/// How often the guest looks for the host's answer.
-const COMPOSE_POLL: Delta = Delta::from_micros(100);
+/// How often the guest looks for the host's answer at first; most hosts answer soon.
+const COMPOSE_POLL: Delta = Delta::from_micros(2);
+
+/// When a host is slow.
+const COMPOSE_SLOW: Delta = Delta::from_micros(500);
+
+/// How often the guest looks then, and whether the function is still there, which costs an exit.
+const COMPOSE_SLOW_POLL: Delta = Delta::from_micros(100);
 
 /// Delivery mode of the local APIC: to the given vector.
 const DELIVERY_FIXED: u8 = 0;
@@ -154,17 +160,25 @@ impl Controller {
         // Interrupts are off, so the channel's tasklet may not come to run: look for the answer
         // here.
         let start = Instant::<Monotonic>::now();
-        while !request.done().try_wait() {
+        loop {
+            bus.receive(&channel.ring()?);
+            if request.done().try_wait() {
+                break;
+            }
+            let waited = start.elapsed();
+            if waited < COMPOSE_SLOW {
+                udelay(COMPOSE_POLL);
+                continue;
+            }
             if !bus.is_present(child) {
                 dev_err!(bus.log(), "the device has gone\n");
                 return Err(ENODEV);
             }
-            if start.elapsed() >= COMPOSE_TIMEOUT {
+            if waited >= COMPOSE_TIMEOUT {
                 dev_err!(bus.log(), "Request for interrupt timed out\n");
                 return Err(ETIMEDOUT);
             }
-            bus.receive(&channel.ring()?);
-            udelay(COMPOSE_POLL);
+            udelay(COMPOSE_SLOW_POLL);
         }
 
         let response = request.response().ok_or(eproto())?;
@@ -193,8 +207,16 @@ fn message(interrupt: &TranslatedInterrupt) -> MsiMessage {
     }
 }
 
+/// An interrupt that the host knows.
+pub(crate) struct Composed {
+    interrupt: TranslatedInterrupt,
+    /// Where the host was told that it goes to. It may have been retargeted since.
+    vector: u32,
+    cpu: u32,
+}
+
 impl MsiController for Controller {
-    type Data = Option<TranslatedInterrupt>;
+    type Data = Option<Composed>;
 
     fn compose(&self, irq: &Interrupt<'_>, data: &mut Self::Data) -> MsiMessage {
         let none = MsiMessage::default();
@@ -202,25 +224,39 @@ impl MsiController for Controller {
             return none;
         };
         let (cpu, vector, count) = match irq.kind() {
-            MsiKind::Single => {
-                // The vector may be another one this time.
-                if let Some(old) = data.take() {
-                    self.delete(child.function.slot, old);
-                }
+            // It is masked, and will be composed again with a vector of its own.
+            MsiKind::MsiX if !irq.is_requested() => {
+                return data.as_ref().map_or(none, |c| message(&c.interrupt));
+            }
+            MsiKind::MsiX | MsiKind::Single => {
                 let Some(cpu) = irq.cpus().next() else {
                     return none;
                 };
-                (cpu, irq.vector(), 1)
+                let vector = irq.vector();
+                match data.take() {
+                    Some(old) if (old.cpu, old.vector) == (cpu, vector) => {
+                        return message(&data.insert(old).interrupt);
+                    }
+                    // The host places an interrupt by the processor it is created for.
+                    Some(old) => self.delete(child.function.slot, old.interrupt),
+                    None => {}
+                }
+                (cpu, vector, 1)
             }
             MsiKind::Multi { index, count } => {
-                if let Some(interrupt) = data {
-                    return message(interrupt);
+                if let Some(composed) = data {
+                    return message(&composed.interrupt);
                 }
                 if index > 0 {
                     let first = irq.first_message();
                     let own =
                         TranslatedInterrupt::new(0, first.address, first.data.wrapping_add(index));
-                    return message(data.insert(own));
+                    let own = data.insert(Composed {
+                        interrupt: own,
+                        vector: 0,
+                        cpu: 0,
+                    });
+                    return message(&own.interrupt);
                 }
                 let cpu = pci_host::next_online_cpu(self.next_cpu.load(Relaxed));
                 self.next_cpu.store(cpu.wrapping_add(1), Relaxed);
@@ -228,14 +264,21 @@ impl MsiController for Controller {
             }
         };
         match self.create(&child, cpu, vector, count) {
-            Ok(interrupt) => message(data.insert(interrupt)),
+            Ok(interrupt) => {
+                let composed = data.insert(Composed {
+                    interrupt,
+                    vector,
+                    cpu,
+                });
+                message(&composed.interrupt)
+            }
             Err(_) => none,
         }
     }
 
     fn unmask(&self, irq: &Interrupt<'_>, data: &mut Self::Data) {
         let bus = &self.bus;
-        let Some(interrupt) = data else {
+        let Some(Composed { interrupt, .. }) = data else {
             dev_warn!(
                 bus.log(),
                 "hv_irq_retarget_interrupt() can not unmask irq {}\n",
@@ -279,7 +322,7 @@ impl MsiController for Controller {
     }
 
     fn free(&self, irq: &Interrupt<'_>, data: &mut Self::Data) {
-        if let Some(interrupt) = data.take() {
+        if let Some(Composed { interrupt, .. }) = data.take() {
             let slot = SlotNumber::from_devfn(irq.devfn());
             // The host takes back the interrupts of a function that is gone.
             if self.bus.child(slot).is_some() {
