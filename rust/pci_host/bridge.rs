@@ -206,6 +206,21 @@ impl<T: ConfigOps> HostBridge<T> {
         unsafe { ops.as_ref() }
     }
 
+    /// The driver's object of a bus, if it is one of a bridge of this type.
+    ///
+    /// # Safety
+    ///
+    /// `bus` must be a valid bus, and the caller the driver of a function on it.
+    pub(crate) unsafe fn ops_if_own<'a>(bus: *mut bindings::pci_bus) -> Option<&'a T> {
+        // SAFETY: By the safety requirements the bus is valid. One with our operations is the root
+        // bus of a bridge of this type, and it is not removed while a function on it has a driver.
+        unsafe {
+            core::ptr::eq((*bus).ops, Self::ops_table())
+                .then(|| Self::ops_of(bus))
+                .flatten()
+        }
+    }
+
     extern "C" fn read_callback(
         bus: *mut bindings::pci_bus,
         devfn: c_uint,

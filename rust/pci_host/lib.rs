@@ -4,12 +4,14 @@
 //!
 //! A driver reserves a domain number ([`Domain`]), allocates a [`HostBridge`] with its
 //! configuration space ([`ConfigOps`]), gives it windows of MMIO space and an interrupt domain
-//! ([`MsiDomain`]), and scans it, which makes it a [`RootBus`].
+//! ([`MsiDomain`]), and scans it, which makes it a [`RootBus`]. Drivers of functions reach their
+//! configuration blocks by way of the [`BlockInterface`].
 //!
 //! C header: [`include/linux/pci.h`](srctree/include/linux/pci.h)
 
 use hyperv_bindings as bindings;
 
+mod block;
 mod bridge;
 mod config_window;
 pub mod hypercall;
@@ -17,6 +19,11 @@ mod msi;
 mod queue;
 mod slot;
 
+pub use self::block::{
+    BlockInterface,
+    BlockOps,
+    Invalidate, //
+};
 pub use self::bridge::{
     ConfigOps,
     Domain,

@@ -14,6 +14,7 @@
 //! - `config`: configuration space.
 //! - `bars`: how much MMIO space the functions need, and where they get it.
 //! - `msi`: interrupts.
+//! - `blocks`: configuration blocks.
 
 #![forbid(unsafe_code)]
 
@@ -21,9 +22,12 @@ use kernel::{
     driver::Registration,
     prelude::*, //
 };
+use pci_host::BlockInterface;
 
 #[path = "pci_hyperv/bars.rs"]
 mod bars;
+#[path = "pci_hyperv/blocks.rs"]
+mod blocks;
 #[path = "pci_hyperv/bus.rs"]
 mod bus;
 #[path = "pci_hyperv/config.rs"]
@@ -50,8 +54,10 @@ module! {
 /// Name of the driver. User space matches it: udev rules, cloud-init, netplan.
 const DRIVER_NAME: &CStr = c"hv_pci";
 
+/// The fields are dropped from first to last.
 struct PciHyperv {
     _registration: Pin<KBox<Registration<vmbus::Adapter<driver::HvPci>>>>,
+    _blocks: BlockInterface<bus::Bus>,
 }
 
 impl kernel::Module for PciHyperv {
@@ -60,17 +66,24 @@ impl kernel::Module for PciHyperv {
         if !vmbus::exists() || pci_host::hypercall::is_root_partition() {
             return Err(ENODEV);
         }
+        // Functions may ask for blocks as soon as there is a bus.
+        let blocks = BlockInterface::register().inspect_err(|_| in_place())?;
         let registration = KBox::pin_init(Registration::new(DRIVER_NAME, module), GFP_KERNEL)
             .inspect_err(|e| {
                 if *e == EBUSY {
-                    pr_err!(
-                        "the kernel's own driver, pci_hyperv, is in place; to use this one, boot \
-                         with initcall_blacklist=init_hv_pci_drv on the kernel's command line\n"
-                    );
+                    in_place();
                 }
             })?;
         Ok(Self {
             _registration: registration,
+            _blocks: blocks,
         })
     }
+}
+
+fn in_place() {
+    pr_err!(
+        "the kernel's own driver, pci_hyperv, is in place; to use this one, boot with \
+         initcall_blacklist=init_hv_pci_drv on the kernel's command line\n"
+    );
 }

@@ -40,6 +40,7 @@ use kernel::{
     },
 };
 use pci_host::{
+    Invalidate,
     OrderedQueue,
     RootBus,
     Slot, //
@@ -82,6 +83,9 @@ pub(crate) struct Child {
     /// The entry in `/sys/bus/pci/slots`.
     #[pin]
     pub(crate) slot: Mutex<Option<Slot>>,
+    /// Whom to tell of configuration blocks that have changed.
+    #[pin]
+    pub(crate) invalidate: SpinLockIrq<Option<Invalidate>>,
 }
 
 impl Child {
@@ -94,6 +98,7 @@ impl Child {
                 assigned: Atomic::new(false),
                 ejecting: Atomic::new(false),
                 slot <- new_mutex!(None),
+                invalidate <- new_spinlock_irq!(None),
             }),
             GFP_KERNEL,
         )
@@ -360,8 +365,14 @@ impl Bus {
                 }
             }
             Ok(Event::Eject(slot)) => self.on_eject(slot),
-            // Nobody asks for blocks, so nobody has to know that they changed.
-            Ok(Event::InvalidateBlock { .. }) => {}
+            Ok(Event::InvalidateBlock { slot, block_mask }) => {
+                if let Some(child) = self.child(slot) {
+                    // Under the lock, so that nobody withdraws it meanwhile.
+                    if let Some(invalidate) = &*child.invalidate.lock() {
+                        invalidate.call(block_mask);
+                    }
+                }
+            }
             Ok(Event::Unknown(kind)) => {
                 dev_warn!(self.log(), "Unimplemented protocol message {:x}\n", kind.0);
             }

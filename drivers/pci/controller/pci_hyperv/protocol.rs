@@ -29,7 +29,7 @@ use crate::bus::{
 };
 
 /// How long the host has for an answer, when the guest can wait.
-const HOST_TIMEOUT: Delta = Delta::from_secs(30);
+pub(crate) const HOST_TIMEOUT: Delta = Delta::from_secs(30);
 
 /// How long the host has to see the bus off.
 const EXIT_TIMEOUT: Delta = Delta::from_secs(10);
