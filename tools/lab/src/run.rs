@@ -81,7 +81,7 @@ pub struct Args {
     #[arg(long)]
     pub builtin_pci: bool,
     /// Virtual processors
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(vmm::MAX_CPUS)))]
     pub cpus: u32,
     /// Memory of the guest in MiB
     #[arg(long, default_value_t = 1024, value_name = "MIB")]

@@ -44,7 +44,7 @@ pub use hypercall::Hypercalls;
 pub use mmio::{MmioBus, MmioDevice, MmioError};
 
 /// Most virtual processors of a guest.
-pub const MAX_CPUS: u32 = 8;
+pub const MAX_CPUS: u32 = 128;
 /// Least memory a guest gets.
 const MIN_MEMORY: u64 = 64 << 20;
 /// A processor that does not leave the guest at once is signalled again after this time.

@@ -134,8 +134,12 @@ impl Nic {
 pub struct Boot {
     /// The NICs, in the order in which the host offers them.
     pub nics: Vec<Nic>,
+    /// The virtual PCI buses that are not a VF's, as `--pci` describes them.
+    pub pci: Vec<String>,
     /// Virtual processors.
     pub cpus: u32,
+    /// Memory in MiB.
+    pub memory: u32,
     /// With our drivers: the kernel's hv_pci has registered before ours, as on a machine
     /// whose command line does not keep it from that.
     pub builtin_pci: bool,
@@ -162,7 +166,9 @@ impl Boot {
     pub fn new(nics: Vec<Nic>) -> Self {
         Self {
             nics,
+            pci: Vec::new(),
             cpus: 1,
+            memory: MEMORY,
             builtin_pci: false,
             pmem: None,
             isolated: false,
@@ -232,7 +238,7 @@ impl Guest {
             .arg("--image")
             .arg(&lab.files.image)
             .args(["--drivers", drivers.word()])
-            .args(["--memory", &MEMORY.to_string()])
+            .args(["--memory", &boot.memory.to_string()])
             .args(["--cpus", &boot.cpus.to_string()])
             .arg("--console")
             .arg(socket("console.log"))
@@ -262,6 +268,12 @@ impl Guest {
                 text += &format!(",nvsp={version}");
             }
             command.args(["--nic", &text]);
+        }
+        if boot.nics.is_empty() {
+            command.args(["--nic", "none"]);
+        }
+        for bus in &boot.pci {
+            command.args(["--pci", bus]);
         }
         for (option, value) in [
             ("--vmbus-version", boot.vmbus_version),
