@@ -93,7 +93,7 @@ impl Host {
         let counters = Counters::new();
         let platform: Arc<dyn Platform> = machine.clone();
         let bus = VmbusHost::new(platform, args.vmbus_config(), log.clone(), counters.clone());
-        let retarget = Arc::new(RetargetRouter::new());
+        let retarget = Arc::new(RetargetRouter::with_log(log.clone()));
         let mut devices = Devices {
             bus,
             retarget,

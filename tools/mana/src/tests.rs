@@ -141,7 +141,7 @@ impl Guest {
             BusCounters::new(&counters, "pci"),
         );
         let router = RetargetRouter::new();
-        router.add(&bus);
+        router.add("vpci", &bus);
         let (sender, sent) = mpsc::channel();
         let vf = ManaVf::new(
             &VfOptions {

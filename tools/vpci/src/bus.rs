@@ -25,7 +25,7 @@ use hyperv_wire::{
     },
     Guid,
 };
-use vmbus_host::{Counter, Counters};
+use vmbus_host::{Counter, Counters, Direction, MessageLog};
 use vmm::mmio::{MmioBus, MmioDevice};
 use zerocopy::IntoBytes;
 
@@ -709,7 +709,9 @@ impl Bus {
 /// Finds the bus a retarget hypercall is about.
 #[derive(Default)]
 pub struct RetargetRouter {
-    buses: Mutex<Vec<Weak<Bus>>>,
+    /// The buses with their names.
+    buses: Mutex<Vec<(String, Weak<Bus>)>>,
+    log: Option<Arc<MessageLog>>,
 }
 
 impl RetargetRouter {
@@ -718,15 +720,34 @@ impl RetargetRouter {
         Self::default()
     }
 
+    /// One that writes hypercalls to the log, if that has the bytes of messages, as one for a bus.
+    pub fn with_log(log: Arc<MessageLog>) -> Self {
+        Self {
+            log: Some(log),
+            ..Self::default()
+        }
+    }
+
     /// Adds a bus; it is forgotten when it is dropped.
-    pub fn add(&self, bus: &Arc<Bus>) {
+    pub fn add(&self, name: &str, bus: &Arc<Bus>) {
         let mut buses = self.buses.lock().unwrap_or_else(|e| e.into_inner());
-        buses.retain(|b| b.strong_count() != 0);
-        buses.push(Arc::downgrade(bus));
+        buses.retain(|(_, bus)| bus.strong_count() != 0);
+        buses.push((name.to_owned(), Arc::downgrade(bus)));
     }
 
     /// Handles the input of the hypercall, variable header included, and gives its status.
     pub fn retarget(&self, input: &[u8]) -> u16 {
+        let mut name = None;
+        let status = self.try_retarget(input, &mut name);
+        if let Some(log) = self.log.as_ref().filter(|log| log.keeps_bytes()) {
+            let name = name.as_deref().unwrap_or("hypercall");
+            let fields = format!("status={status:#x}");
+            log.record_message(Direction::GuestToHost, name, "RETARGET", fields, input);
+        }
+        status
+    }
+
+    fn try_retarget(&self, input: &[u8], name: &mut Option<String>) -> u16 {
         let variable = input.len().saturating_sub(Retarget::FIXED) / 8;
         let parsed = match Retarget::parse(input, variable.min(usize::from(u16::MAX)) as u16) {
             Ok(parsed) => parsed,
@@ -736,10 +757,13 @@ impl RetargetRouter {
             return hypercall::status::INVALID_PARTITION_ID;
         }
         let buses = self.buses.lock().unwrap_or_else(|e| e.into_inner());
-        buses
-            .iter()
-            .filter_map(Weak::upgrade)
-            .find_map(|bus| bus.retarget(&parsed))
-            .unwrap_or(hypercall::status::INVALID_PARAMETER)
+        for (bus_name, bus) in buses.iter() {
+            let status = bus.upgrade().and_then(|bus| bus.retarget(&parsed));
+            if let Some(status) = status {
+                *name = Some(bus_name.clone());
+                return status;
+            }
+        }
+        hypercall::status::INVALID_PARAMETER
     }
 }

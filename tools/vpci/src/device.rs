@@ -145,11 +145,12 @@ impl Session {
                 self.channel.send_inband(0, false, &packet.payload)
             };
             match sent {
-                Ok(()) => log.record(
+                Ok(()) => log.record_message(
                     Direction::HostToGuest,
                     self.channel.name(),
                     packet.name,
                     &packet.fields,
+                    &packet.payload,
                 ),
                 Err(SendError::Full) => return,
                 Err(error) => log.record(
@@ -178,9 +179,18 @@ impl Session {
         let message = message_type
             .and_then(MessageType::name)
             .unwrap_or("message");
+        let record = |fields: &dyn std::fmt::Display| {
+            let completion = match log.keeps_bytes() {
+                true => format!(" completion={}", packet.completion_requested),
+                false => String::new(),
+            };
+            let fields = format!("{fields}{completion}");
+            let bytes = &packet.payload;
+            log.record_message(Direction::GuestToHost, name, message, fields, bytes);
+        };
         let replies = match Request::parse(&packet.payload) {
             Ok(request) => {
-                log.record(Direction::GuestToHost, name, message, Fields(&request));
+                record(&Fields(&request));
                 match message_type.and_then(|request| faults.take(request)) {
                     None => bus.handle(&request),
                     Some(action) => {
@@ -196,7 +206,7 @@ impl Session {
                 }
             }
             Err(error) => {
-                log.record(Direction::GuestToHost, name, message, error);
+                record(&error);
                 vec![bus.refuse()]
             }
         };

@@ -92,9 +92,15 @@ impl InterruptCounters {
     }
 }
 
+struct Entries {
+    all: Vec<Option<Entry>>,
+    /// Where to look for free ones: a message that was given back is not soon another's.
+    next: usize,
+}
+
 /// The table.
 pub struct InterruptTable {
-    entries: Mutex<Vec<Option<Entry>>>,
+    entries: Mutex<Entries>,
     signal: SignalMsi,
     processors: u32,
     counters: InterruptCounters,
@@ -104,14 +110,17 @@ impl InterruptTable {
     /// An empty table for a machine with `processors` virtual processors.
     pub fn new(processors: u32, signal: SignalMsi, counters: InterruptCounters) -> Self {
         Self {
-            entries: Mutex::new(vec![None; ENTRIES]),
+            entries: Mutex::new(Entries {
+                all: vec![None; ENTRIES],
+                next: 0,
+            }),
             signal,
             processors,
             counters,
         }
     }
 
-    fn entries(&self) -> MutexGuard<'_, Vec<Option<Entry>>> {
+    fn entries(&self) -> MutexGuard<'_, Entries> {
         self.entries.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -137,12 +146,15 @@ impl InterruptTable {
         let mut entries = self.entries();
         let size = usize::from(count);
         // Multi-message MSI changes the low bits of the data, so blocks are aligned.
+        let first = entries.next.next_multiple_of(size);
         let base = (0..ENTRIES)
             .step_by(size)
-            .find(|base| entries[*base..*base + size].iter().all(Option::is_none))
+            .map(|offset| (first + offset) % ENTRIES)
+            .find(|&base| entries.all[base..][..size].iter().all(Option::is_none))
             .ok_or(Error::Full)?;
+        entries.next = base + size;
         for n in 0..count {
-            entries[base + usize::from(n)] = Some(Entry {
+            entries.all[base + usize::from(n)] = Some(Entry {
                 slot,
                 base: base as u16,
                 count,
@@ -162,7 +174,7 @@ impl InterruptTable {
     pub fn delete(&self, slot: u32, interrupt: &TranslatedInterrupt) -> Result<(), Error> {
         let mut entries = self.entries();
         let base = interrupt.data() as usize;
-        let entry = match entries.get(base) {
+        let entry = match entries.all.get(base) {
             Some(Some(e)) if interrupt.address() == ADDRESS => *e,
             _ => return Err(Error::Unknown),
         };
@@ -172,7 +184,7 @@ impl InterruptTable {
         {
             return Err(Error::Unknown);
         }
-        entries[base..base + usize::from(entry.count)].fill(None);
+        entries.all[base..base + usize::from(entry.count)].fill(None);
         self.counters.deleted.inc();
         self.counters.live.sub(1);
         Ok(())
@@ -183,7 +195,7 @@ impl InterruptTable {
     /// back.
     pub fn release(&self, lost: bool, mut keep: impl FnMut(u32) -> bool) -> u64 {
         let mut blocks = 0;
-        for (n, entry) in self.entries().iter_mut().enumerate() {
+        for (n, entry) in self.entries().all.iter_mut().enumerate() {
             if let Some(e) = entry {
                 if !keep(e.slot) {
                     blocks += u64::from(usize::from(e.base) == n);
@@ -211,7 +223,7 @@ impl InterruptTable {
             return Err(Error::NoProcessor);
         }
         let mut entries = self.entries();
-        match entries.get_mut(data as usize) {
+        match entries.all.get_mut(data as usize) {
             Some(Some(entry)) if u64::from(address) == ADDRESS => {
                 entry.target.vp = vp;
                 entry.target.vector = vector;
@@ -224,7 +236,7 @@ impl InterruptTable {
 
     /// A device writes `data` to `address`.
     pub fn raise(&self, address: u64, data: u32) {
-        let target = match self.entries().get(data as usize) {
+        let target = match self.entries().all.get(data as usize) {
             Some(Some(entry)) if address == ADDRESS => entry.target,
             _ => {
                 self.counters.stray.inc();

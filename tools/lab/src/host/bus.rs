@@ -62,7 +62,7 @@ impl BusMaker {
             Arc::new(move |address, data| machine.signal_msi(address, data)),
             self.counters.clone(),
         );
-        self.retarget.add(&bus);
+        self.retarget.add(&self.name, &bus);
         VpciDevice::new(&self.name, bus, self.log.clone(), self.faults.clone())
     }
 

@@ -157,7 +157,7 @@ impl LabNic {
             bus: BusMaker::new(
                 &format!("vpci{number}"),
                 instance,
-                args.vpci_version(),
+                spec.pci.unwrap_or(args.vpci_version()),
                 machine,
                 devices,
             ),

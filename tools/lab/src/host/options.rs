@@ -12,14 +12,15 @@ use super::pci::Kind;
 /// The host's part of the command line.
 #[derive(Debug, Clone, Args)]
 pub struct HostArgs {
-    /// A NIC: KEY=VALUE,… of mac, instance, serial, index, lan, channels, nvsp, alias, vf=mana|later|none, bus, queues, slot, vf-mac; or `none`
+    /// A NIC: KEY=VALUE,… of mac, instance, serial, index, lan, channels, nvsp, pci, alias, vf=mana|later|none, bus, queues, slot, vf-mac; or `none`
     ///
     /// `mac`: address; `instance`: GUID, made of the address if not given; `serial`: pairs the NIC with its VF; `index`:
     /// its peer is in the network namespace hvlab<PID>-<index>; `lan`: it has no peer, but is on one
     /// network with the earlier NIC of that index and its peer; `channels`: most channels; `nvsp`: newest version,
-    /// instead of `--nvsp-version`; `alias`: what the host calls it; `vf`: whether it has a VF at boot; `bus`: instance GUID of
-    /// the VF's bus, whose third word becomes the PCI domain; `queues`: of the VF; `slot`: another serial number than
-    /// the NIC's for the VF; `vf-mac`: another address than the NIC's for the VF.
+    /// instead of `--nvsp-version`; `pci`: newest version on the VF's bus, instead of `--vpci-version`; `alias`: what the
+    /// host calls it; `vf`: whether it has a VF at boot; `bus`: instance GUID of the VF's bus, whose third word becomes the
+    /// PCI domain; `queues`: of the VF; `slot`: another serial number than the NIC's for the VF; `vf-mac`: another address
+    /// than the NIC's for the VF.
     /// Repeat the option for more NICs. Without it there is one NIC with a VF.
     #[arg(long = "nic", value_name = "SPEC")]
     nics: Vec<NicOption>,
@@ -109,6 +110,8 @@ pub struct Spec {
     pub vf_mac: Option<[u8; 6]>,
     /// Newest version of NVSP that is taken.
     pub nvsp: Option<nvsp::Version>,
+    /// Newest version of the virtual PCI protocol that is taken on the VF's bus.
+    pub pci: Option<ProtocolVersion>,
     /// Instance GUID of the VF's bus.
     pub bus: Option<Guid>,
     /// Queues of the VF.
@@ -176,6 +179,9 @@ impl FromStr for NicOption {
                 "nvsp" => nvsp_version(value)
                     .ok()
                     .map(|version| spec.nvsp = Some(version)),
+                "pci" => vpci_version(value)
+                    .ok()
+                    .map(|version| spec.pci = Some(version)),
                 "bus" => Guid::parse(value).ok().map(|guid| spec.bus = Some(guid)),
                 "queues" => number(value, 1..=64).map(|queues| spec.queues = Some(queues)),
                 "vf" => match value {
@@ -439,7 +445,7 @@ mod tests {
         let args = parse(&[
             "--nic=mac=60:45:bd:e9:60:a3,serial=7,vf=mana,bus=e9ac9b28-cf63-4466-9ae3-4b849c3ee03b",
             "--nic=",
-            "--nic=index=3,lan=0,channels=4,nvsp=5,queues=2,vf=later",
+            "--nic=index=3,lan=0,channels=4,nvsp=5,pci=1.2,queues=2,vf=later",
             "--nic=none",
         ])
         .unwrap();
@@ -455,6 +461,7 @@ mod tests {
         );
         assert_eq!((nics[1].lan, nics[2].lan), (None, Some(0)));
         assert_eq!(nics[2].nvsp, Some(nvsp::Version::V5));
+        assert_eq!(nics[2].pci, Some(ProtocolVersion::V1_2));
 
         let again = args.to_args();
         let again: Vec<&str> = again.iter().map(String::as_str).collect();
@@ -520,6 +527,7 @@ mod tests {
             "channels=0",
             "queues=65",
             "nvsp=3",
+            "pci=1.0",
             "vf=mlx5",
             "bus=1",
             "speed=1",
