@@ -29,7 +29,9 @@ mod odd_hosts;
 mod one_nic;
 #[cfg(test)]
 mod parity;
+mod pci_messages;
 mod reconfigure;
+mod recorder;
 mod reload;
 mod selftests;
 mod servicing;
@@ -249,6 +251,11 @@ const SCENARIOS: &[Scenario] = &[
         run: messages::run,
     },
     Scenario {
+        name: pci_messages::NAME,
+        title: "all that hv_pci says to the host, message by message",
+        run: pci_messages::run,
+    },
+    Scenario {
         name: "namespaces",
         title: "the VF follows its NIC into network namespaces, and what user space hears of it",
         run: namespaces::run,
@@ -289,8 +296,11 @@ const SCENARIOS: &[Scenario] = &[
 const ON_DEMAND: &[&str] = &["selftests-all"];
 
 /// The scenarios whose texts are compared between the driver sets, with the differences that stay.
-const COMPARED: &[(&str, &[compare::Kept])] =
-    &[(messages::NAME, messages::KEPT), (texts::NAME, texts::KEPT)];
+const COMPARED: &[(&str, &[compare::Kept])] = &[
+    (messages::NAME, messages::KEPT),
+    (pci_messages::NAME, pci_messages::KEPT),
+    (texts::NAME, texts::KEPT),
+];
 
 /// What is compared between the driver sets: whether ours, and `scenario.name`, to the value.
 type Measurements = BTreeMap<(bool, String), u64>;

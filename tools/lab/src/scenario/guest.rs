@@ -49,6 +49,8 @@ pub struct Nic {
     pub more: &'static str,
     /// Newest NVSP version that the host takes from it.
     pub nvsp: Option<&'static str>,
+    /// Newest virtual PCI protocol version that it takes on the VF's bus.
+    pub pci: Option<&'static str>,
 }
 
 impl Nic {
@@ -63,6 +65,7 @@ impl Nic {
             twin: index,
             more: "",
             nvsp: None,
+            pci: None,
         }
     }
 
@@ -266,6 +269,9 @@ impl Guest {
             }
             if let Some(version) = nic.nvsp {
                 text += &format!(",nvsp={version}");
+            }
+            if let Some(version) = nic.pci {
+                text += &format!(",pci={version}");
             }
             command.args(["--nic", &text]);
         }

@@ -8,7 +8,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use lab_control::{
-    Client, DataPath, Fault, Kind, LogPage, NicStatus, Reply, Request, Setting, Status, Target,
+    Client, DataPath, Fault, Kind, LogPage, NicStatus, PciAction, Reply, Request, Setting, Status,
+    Target,
 };
 
 use super::guest::Nic;
@@ -196,10 +197,22 @@ impl Host {
             .map(drop)
     }
 
+    /// Does something with a virtual PCI bus that is not a VF's.
+    pub fn pci(&self, bus: usize, action: PciAction) -> Result<()> {
+        let bus = bus as u32;
+        self.request(&Request::Pci { bus, action }).map(drop)
+    }
+
     /// Says that the NIC has a VF, or none, whatever there is.
     pub fn set_association(&self, nic: &Nic, on: bool) -> Result<()> {
         let nic = self.number(nic)?;
         self.request(&Request::SetAssociation { nic, on }).map(drop)
+    }
+
+    /// Asks the guest to give a VF up, and waits until it has.
+    pub fn eject(&self, nic: &Nic) -> Result<()> {
+        let nic = self.number(nic)?;
+        self.request(&Request::Eject { nic }).map(drop)
     }
 
     /// Takes the VF's bus away without warning.

@@ -1,20 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What hv_netvsc says to the host, message by message.
 //!
-//! There is a NIC for each version of NVSP. What the host has logged of it while something was
-//! done in the guest is a section of the NIC's text. The bus and each channel are read by
-//! threads of their own, so only the order within each of them is that of the guest. Of what the
-//! host says the order depends on the host. Ids that are names only are replaced with what they are
-//! the names of. Packets are left out, but for some whose kind is known.
+//! There is a NIC for each version of NVSP. Packets are left out, but for some whose kind is known.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use regex::Regex;
-
-use super::compare::{section, Kept};
-use super::guest::{Boot, Guest, Nic, COMMAND};
+use super::compare::Kept;
+use super::guest::{Boot, Nic};
+use super::recorder::{bytes_of, word, words, Device, Id, Line, Recorder, Said, Trace};
 use super::suspend::contacts;
 use super::vf::bonded;
 use super::{ensure, Context, Result};
@@ -128,7 +122,8 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     for nic in &nics {
         guest.peer_server(lab, nic, &["iperf3", "-s"])?;
     }
-    let mut recorder = Recorder::new(&guest)?;
+    let traces = nics.iter().map(NicTrace::new).collect();
+    let mut recorder = Recorder::new(&guest, traces, LONG_QUIET)?;
     let all: Vec<_> = (0..nics.len()).collect();
     context.check("hv_netvsc is unloaded and loaded", || {
         recorder.phase(&all, "remove", "rmmod hv_netvsc", LONG_QUIET)?;
@@ -136,7 +131,7 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     });
     context.check("open, change, close", || {
         let mut step = |name: &str, command: &str, quiet| {
-            let command = |nic: &Nic| command.replace("IF", &nic.name());
+            let command = |nic: usize| command.replace("IF", &nics[nic].name());
             recorder.phases(&all, name, command, quiet)
         };
         step("MTU while closed", "ip link set IF mtu 1450", QUIET)?;
@@ -145,11 +140,14 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         for (name, command) in STEPS {
             step(name, command, QUIET)?;
         }
-        let old = |nic: &Nic| format!("ip link set {} address {}", nic.name(), nic.mac());
+        let old = |nic: usize| {
+            let nic = &nics[nic];
+            format!("ip link set {} address {}", nic.name(), nic.mac())
+        };
         recorder.phases(&all, "old address", old, QUIET)?;
-        let close = |nic: &Nic| format!("ip link set {} down", nic.name());
+        let close = |nic: usize| format!("ip link set {} down", nics[nic].name());
         recorder.phases(&all, "close", close, QUIET)?;
-        let open = |nic: &Nic| format!("ip link set {} up", nic.name());
+        let open = |nic: usize| format!("ip link set {} up", nics[nic].name());
         recorder.phases(&all, "open again", open, LONG_QUIET)
     });
     for (index, version) in VERSIONS.iter().enumerate() {
@@ -188,7 +186,8 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
             Ok(())
         })?;
         for (name, command) in VF_STEPS {
-            let command = |nic: &Nic| {
+            let command = |nic: usize| {
+                let nic = &nics[nic];
                 let command = command.replace("IF", &nic.name());
                 command.replace("VF", &nic.vf_name())
             };
@@ -203,101 +202,14 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     context.check("the open interfaces are removed", || {
         recorder.phase(&all, "remove while open", "rmmod hv_netvsc", LONG_QUIET)
     });
-    let texts: Vec<_> = recorder.traces.into_iter().map(Trace::finish).collect();
+    let texts: Vec<_> = recorder.finish().collect();
     for (version, text) in VERSIONS.iter().zip(texts) {
         context.text(&format!("nvsp-{version}"), &text)?;
     }
     context.finish(guest)
 }
 
-/// Follows the host's message log.
-struct Recorder<'a> {
-    guest: &'a Guest,
-    traces: Vec<Trace>,
-    next: u64,
-}
-
-impl<'a> Recorder<'a> {
-    fn new(guest: &'a Guest) -> Result<Self> {
-        let mut recorder = Self {
-            guest,
-            traces: guest.nics.iter().map(Trace::new).collect(),
-            next: 0,
-        };
-        // What there was before tells of ids only.
-        recorder.settle(LONG_QUIET)?;
-        recorder.traces.iter_mut().for_each(Trace::forget);
-        Ok(recorder)
-    }
-
-    /// Takes what there is in the log until nothing more comes.
-    fn settle(&mut self, quiet: Duration) -> Result<()> {
-        let mut last = Instant::now();
-        loop {
-            let (lines, next) = self.guest.host.log(self.next)?;
-            self.next = next;
-            for line in &lines {
-                for trace in &mut self.traces {
-                    if trace.take(line)? {
-                        last = Instant::now();
-                    }
-                }
-            }
-            if last.elapsed() >= quiet {
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-    }
-
-    /// Runs a command, which may be refused, and writes what it has led to.
-    fn phase(&mut self, nics: &[usize], name: &str, command: &str, quiet: Duration) -> Result<()> {
-        let exit = self.guest.exit(command, COMMAND * 2)?;
-        self.settle(quiet)?;
-        for &nic in nics {
-            self.traces[nic].end(name, Some(exit.code));
-        }
-        Ok(())
-    }
-
-    /// The same with a command for each NIC.
-    fn phases(
-        &mut self,
-        nics: &[usize],
-        name: &str,
-        command: impl Fn(&Nic) -> String,
-        quiet: Duration,
-    ) -> Result<()> {
-        let all = nics.iter().map(|&nic| {
-            let command = command(&self.guest.nics[nic]);
-            format!("({command}) >/dev/null 2>&1; echo $?; ")
-        });
-        let codes = self
-            .guest
-            .sh_within(&all.collect::<String>(), COMMAND * 2)?;
-        self.settle(quiet)?;
-        for (&nic, code) in nics.iter().zip(codes.lines()) {
-            self.traces[nic].end(name, Some(code.parse()?));
-        }
-        Ok(())
-    }
-
-    /// The same with something else than a command.
-    fn action(
-        &mut self,
-        nics: &[usize],
-        name: &str,
-        quiet: Duration,
-        act: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
-        act()?;
-        self.settle(quiet)?;
-        for &nic in nics {
-            self.traces[nic].end(name, None);
-        }
-        Ok(())
-    }
-
+impl Recorder<'_, NicTrace> {
     /// One packet of each kind.
     fn packets(&mut self, index: usize, nic: &Nic) -> Result<()> {
         let (name, peer, peer_v6) = (nic.name(), nic.peer_v4(), nic.peer_v6());
@@ -347,40 +259,18 @@ impl<'a> Recorder<'a> {
 }
 
 /// What a NIC and its host have said to each other.
-struct Trace {
+struct NicTrace {
     /// Name of the NIC's primary channel; those of others go on with a dot.
     channel: String,
-    instance: String,
-    /// The relids of its channels, with the numbers of these.
-    relids: BTreeMap<u64, u64>,
-    /// Its GPADLs, and what they are called.
-    gpadls: BTreeMap<u64, String>,
-    /// What the guest has sent since the last section ended, by the bus and each channel.
-    from_guest: BTreeMap<String, Vec<String>>,
-    /// Messages with the addresses of a GPADL's pages: how many, and bytes.
-    bodies: (usize, usize),
-    /// What the bus of the guest does when it comes to it.
-    late: Vec<String>,
-    /// What is there, but how often, and when, depends on packets and on who is first.
-    any: BTreeSet<String>,
-    /// The same in one section.
-    any_here: BTreeSet<String>,
-    from_host: Vec<String>,
+    device: Device,
+    said: Said,
     /// The NVSP message in front of an RNDIS message.
     pending: Option<String>,
-    text: String,
 }
-
-/// An id in a message: where, and of which kind.
-type Id = (usize, &'static str);
 
 /// The ids in the guest's messages.
 fn ids(name: &str) -> &'static [Id] {
     match name {
-        "GPADL_HEADER" | "GPADL_TEARDOWN" => &[(8, "relid"), (12, "gpadl")],
-        "GPADL_BODY" => &[(12, "gpadl")],
-        "OPEN_CHANNEL" => &[(8, "relid"), (12, "relid"), (16, "gpadl")],
-        "CLOSE_CHANNEL" | "RELID_RELEASED" | "MODIFY_CHANNEL" => &[(8, "relid")],
         "NVSP_SEND_RECEIVE_BUFFER" | "NVSP_SEND_SEND_BUFFER" => &[(4, "gpadl")],
         "NVSP_SEND_RNDIS_PACKET" => &[(8, "section")],
         _ if name.starts_with("RNDIS_") && name != "RNDIS_PACKET" => &[(8, "request")],
@@ -388,180 +278,57 @@ fn ids(name: &str) -> &'static [Id] {
     }
 }
 
-/// The value of a field of a line.
-fn field(line: &str, name: &str) -> Option<u64> {
-    let value = line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))?;
-    match value.strip_prefix("0x") {
-        Some(hex) => u64::from_str_radix(hex, 16).ok(),
-        None => value.parse().ok(),
-    }
-}
-
-fn bytes_of(hex: &str) -> Vec<u8> {
-    (0..hex.len() / 2)
-        .filter_map(|at| u8::from_str_radix(hex.get(2 * at..2 * at + 2)?, 16).ok())
-        .collect()
-}
-
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
-    let word = bytes.get(at..)?.first_chunk()?;
-    Some(u32::from_le_bytes(*word))
-}
-
-impl Trace {
-    fn new(nic: &Nic) -> Self {
-        Self {
-            channel: format!("net{}", nic.index),
-            instance: nic.instance(),
-            relids: BTreeMap::new(),
-            gpadls: BTreeMap::new(),
-            from_guest: BTreeMap::new(),
-            bodies: (0, 0),
-            late: Vec::new(),
-            any: BTreeSet::new(),
-            any_here: BTreeSet::new(),
-            from_host: Vec::new(),
-            pending: None,
-            text: String::new(),
-        }
-    }
-
-    /// Forgets what was said, but not who is who.
-    fn forget(&mut self) {
-        self.from_guest.clear();
-        self.late.clear();
-        self.any.clear();
-        self.any_here.clear();
-        self.from_host.clear();
-    }
-
-    /// Ends a section.
-    fn end(&mut self, name: &str, exit: Option<i32>) {
-        let exit = exit.map(|code| format!("exit code {code}"));
-        self.late.sort();
-        self.from_host.sort();
-        let lines = exit
-            .iter()
-            .chain(self.from_guest.values().flatten())
-            .chain(&self.late)
-            .chain(&self.any_here)
-            .chain(&self.from_host)
-            .map(String::as_str);
-        section(&mut self.text, name, lines);
-        self.from_guest.clear();
-        self.late.clear();
-        self.any_here.clear();
-        self.from_host.clear();
-    }
-
-    /// All that there is.
-    fn finish(mut self) -> String {
-        let lines = self.any.iter().map(String::as_str);
-        section(&mut self.text, "at any time", lines);
-        self.text
-    }
-
-    /// Takes a line of the log, if it is of this NIC and of interest.
-    fn take(&mut self, line: &str) -> Result<bool> {
-        let mut words = line.split_whitespace();
-        let (Some(_), Some(direction), Some(channel), Some(name)) =
-            (words.next(), words.next(), words.next(), words.next())
-        else {
-            return Err(format!("no line of a message log: {line}").into());
-        };
-        let channel = match channel {
-            "vmbus" if self.is_mine(name, line) => "bus".to_owned(),
-            _ if channel == self.channel => "0".to_owned(),
-            _ => match channel.strip_prefix(&self.channel) {
-                Some(number) if number.starts_with('.') => number[1..].to_owned(),
+impl Trace for NicTrace {
+    fn take(&mut self, line: &Line<'_>) -> Result<bool> {
+        let channel = match line.channel {
+            "vmbus" => return self.device.take(line, &mut self.said),
+            channel if channel == self.channel => "0",
+            channel => match channel.strip_prefix(&self.channel) {
+                Some(number) if number.starts_with('.') => &number[1..],
                 _ => return Ok(false),
             },
         };
-        let rest = line
-            .split_once(name)
-            .map_or("", |(_, rest)| rest)
-            .split(" bytes=")
-            .next()
-            .unwrap_or_default();
-        match direction {
-            "host>guest" => {
-                self.from_host
-                    .push(format!("host  {channel} {name}{}", anonymous(rest)?));
-                Ok(true)
-            }
-            "guest>host" => {
-                let bytes = line.rsplit_once(" bytes=").map(|(_, hex)| bytes_of(hex));
-                Ok(self.guest_message(&channel, name, rest, bytes.unwrap_or_default()))
-            }
-            _ => Ok(false),
+        if line.is_from_host() {
+            self.said.from_host.push(line.host_text(channel)?);
+            return Ok(true);
+        }
+        Ok(line.is_from_guest() && self.guest_message(channel, line))
+    }
+
+    fn said(&mut self) -> &mut Said {
+        &mut self.said
+    }
+
+    fn into_said(self) -> Said {
+        self.said
+    }
+}
+
+impl NicTrace {
+    fn new(nic: &Nic) -> Self {
+        Self {
+            channel: format!("net{}", nic.index),
+            device: Device::new(nic.instance()),
+            said: Said::default(),
+            pending: None,
         }
     }
 
-    /// Whether a control message of the bus is about this NIC.
-    fn is_mine(&mut self, name: &str, line: &str) -> bool {
-        let relid = field(line, "relid");
-        if let ("OFFER_CHANNEL", Some(relid)) = (name, relid) {
-            // A relid that was given up is another channel's later.
-            self.relids.remove(&relid);
-            if line.to_lowercase().contains(&self.instance) {
-                let channel = field(line, "subchannel").unwrap_or_default();
-                self.relids.insert(relid, channel);
-            }
+    fn guest_message(&mut self, channel: &str, line: &Line<'_>) -> bool {
+        let (name, bytes) = (line.name, &line.bytes);
+        if name == "RNDIS_PACKET" {
+            return self.packet(line.fields, bytes);
         }
-        match relid {
-            Some(relid) => self.relids.contains_key(&relid),
-            None => field(line, "gpadl").is_some_and(|gpadl| self.gpadls.contains_key(&gpadl)),
-        }
-    }
-
-    /// Notes what a GPADL is.
-    fn gpadl(&mut self, bytes: &[u8]) {
-        if let (Some(relid), Some(gpadl), Some(size)) =
-            (word(bytes, 8), word(bytes, 12), word(bytes, 20))
-        {
-            let channel = self.name("relid", relid);
-            let name = format!("<{size} bytes of {channel}>");
-            self.gpadls.insert(gpadl.into(), name);
-        }
-    }
-
-    fn guest_message(&mut self, channel: &str, name: &str, fields: &str, bytes: Vec<u8>) -> bool {
-        match name {
-            "RNDIS_PACKET" => return self.packet(fields, &bytes),
-            "GPADL_HEADER" => self.gpadl(&bytes),
-            "GPADL_BODY" => {
-                self.bodies.0 += 1;
-                self.bodies.1 += bytes.len();
-                let text = format!(
-                    "guest {channel} GPADL_BODY: {} messages, {} bytes",
-                    self.bodies.0, self.bodies.1
-                );
-                let lines = self.from_guest.entry(channel.to_owned()).or_default();
-                if self.bodies.0 > 1 {
-                    lines.pop();
-                }
-                lines.push(text);
-                return true;
-            }
-            _ => {}
-        }
-        let shown = match name {
-            // What follows are the addresses of pages.
-            "GPADL_HEADER" => bytes.get(..28).unwrap_or(&bytes),
-            _ => &bytes,
-        };
-        let fields = match fields.split_once("completion=") {
+        let fields = match line.fields.split_once("completion=") {
             Some((_, completion)) => format!(" completion={}", completion.trim()),
             None if name.starts_with("RNDIS_") => {
-                let fields = fields.split(" length=").next();
+                let fields = line.fields.split(" length=").next();
                 fields.unwrap_or_default().to_owned()
             }
             None => String::new(),
         };
         let mut text = format!("guest {channel} {name}{fields} {} bytes:", bytes.len());
-        self.words(&mut text, shown, ids(name));
+        self.words(&mut text, bytes, ids(name));
         match name {
             "NVSP_SEND_RNDIS_PACKET" => {
                 // Only of interest if the next message is.
@@ -570,29 +337,29 @@ impl Trace {
             }
             // For packets as well, so their number depends on those.
             "NVSP_COMPLETION" => {
-                self.any.insert(text.replacen(channel, "*", 1));
+                self.said.any.insert(text.replacen(channel, "*", 1));
                 return false;
             }
             // The host may see the channel closed before it reads them.
             "NVSP_REVOKE_RECEIVE_BUFFER" | "NVSP_REVOKE_SEND_BUFFER" => {
-                self.any.insert(text);
-                return true;
-            }
-            "RELID_RELEASED" => {
-                self.late.push(text);
+                self.said.any.insert(text);
                 return true;
             }
             _ => {}
         }
-        if channel == "bus" {
-            self.bodies = (0, 0);
-        }
-        let lines = self.from_guest.entry(channel.to_owned()).or_default();
         if name.starts_with("RNDIS_") {
-            lines.extend(self.pending.take());
+            if let Some(pending) = self.pending.take() {
+                self.said.guest(channel, pending);
+            }
         }
-        lines.push(text);
+        self.said.guest(channel, text);
         true
+    }
+
+    fn words(&self, text: &mut String, bytes: &[u8], ids: &[Id]) {
+        words(text, bytes, ids, |kind, value| {
+            self.device.name(kind, value)
+        });
     }
 
     /// A packet: taken if it is one of ours.
@@ -621,15 +388,12 @@ impl Trace {
             }
             self.words(&mut text, bytes.get(..44).unwrap_or(bytes), &[]);
             self.infos(&mut text, bytes);
-            self.from_guest
-                .entry("packets".to_owned())
-                .or_default()
-                .push(text);
+            self.said.guest("packets", text);
             return true;
         }
         if port == TCP_PORT {
             self.infos(&mut text, bytes);
-            self.any_here.insert(text);
+            self.said.any_here.insert(text);
         }
         false
     }
@@ -653,49 +417,4 @@ impl Trace {
             rest = rest.get(size..).unwrap_or_default();
         }
     }
-
-    /// Writes a message in words of four bytes; ids by their names, and zeros at the end counted.
-    fn words(&self, text: &mut String, bytes: &[u8], ids: &[Id]) {
-        let zeros = bytes.iter().rev().take_while(|byte| **byte == 0).count() / 4 * 4;
-        let (written, zeros) = match zeros {
-            // A few are easier to read as they are.
-            0..=8 => (bytes, 0),
-            _ => (&bytes[..bytes.len() - zeros], zeros),
-        };
-        for (at, chunk) in written.chunks(4).enumerate() {
-            let id = ids.iter().find(|(offset, _)| *offset == 4 * at);
-            let _ = match (id, word(chunk, 0)) {
-                (Some((_, kind)), Some(value)) if value != u32::MAX => {
-                    write!(text, " {}", self.name(kind, value))
-                }
-                _ => {
-                    let _ = write!(text, " ");
-                    chunk.iter().try_for_each(|byte| write!(text, "{byte:02x}"))
-                }
-            };
-        }
-        if zeros > 0 {
-            let _ = write!(text, " and {zeros} zeros");
-        }
-    }
-
-    /// What an id is the name of.
-    fn name(&self, kind: &str, value: u32) -> String {
-        let known = match kind {
-            "relid" => self
-                .relids
-                .get(&value.into())
-                .map(|channel| format!("<channel {channel}>")),
-            "gpadl" => self.gpadls.get(&value.into()).cloned(),
-            // Any section and any hash is as good as another.
-            _ => Some(format!("<{kind}>")),
-        };
-        known.unwrap_or_else(|| format!("<unknown {kind}>"))
-    }
-}
-
-/// Fields of the host's messages, without ids.
-fn anonymous(fields: &str) -> Result<String> {
-    let ids = Regex::new(" (relid|gpadl|open_id|connection)=[0-9a-fx]+")?;
-    Ok(ids.replace_all(fields, "").into_owned())
 }
