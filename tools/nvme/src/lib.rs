@@ -11,6 +11,7 @@
 mod admin;
 mod controller;
 mod disk;
+mod options;
 mod prp;
 mod queue;
 mod statistics;
@@ -23,4 +24,5 @@ pub use disk::{
     DiskOptions,
     NvmeDisk, //
 };
+pub use options::Options;
 pub use store::Store;

@@ -30,7 +30,8 @@ pub struct HostArgs {
     /// `--vpci-version`; `offer`: whether it is there at boot. `kind`: what the function is, given first (`test` if not given);
     /// `slot`: DEVICE or DEVICE.FUNCTION; `serial`: names its slot in the guest; `node`: NUMA node; `add`: whether
     /// it is on the bus at first. A `test` has `barN=SIZE[:64][:pref]` with a suffix K, M or G, `msi` and `msix`:
-    /// numbers of vectors.
+    /// numbers of vectors. An `nvme` disk has `size=SIZE` with a suffix M or G, `queues`: most of them, and `file`: its
+    /// content, which is in memory otherwise.
     /// Repeat the option for more buses.
     #[arg(long = "pci", value_name = "SPEC")]
     buses: Vec<PciOption>,
@@ -477,10 +478,11 @@ mod tests {
             "--pci=bus=e9ac9b28-cf63-4466-9ae3-4b849c3ee03b,version=1.2,msix=64,bar2=16G:64:pref+slot=3.1,node=1,\
              serial=5,msi=4,add=later",
             "--pci=offer=later",
+            "--pci=kind=nvme,size=64M,queues=2",
         ])
         .unwrap();
         let buses: Vec<_> = args.buses().collect();
-        assert_eq!(buses.len(), 2);
+        assert_eq!(buses.len(), 3);
         assert_eq!(buses[0].bus.unwrap().to_bytes()[4..6], [0x63, 0xcf]);
         assert_eq!(buses[0].version, Some(ProtocolVersion::V1_2));
         let [first, second] = &buses[0].functions[..] else {
@@ -492,6 +494,7 @@ mod tests {
         assert_ne!(first.kind, second.kind);
         assert!(buses[1].later);
         assert_eq!(buses[1].functions, [FunctionSpec::new(Kind::DEFAULT)]);
+        assert_ne!(buses[2].functions[0].kind, Kind::DEFAULT);
 
         let again = args.to_args();
         let again: Vec<&str> = again.iter().map(String::as_str).collect();
@@ -508,6 +511,8 @@ mod tests {
             "msi=5",
             "msi",
             "queues=2",
+            "kind=nvme,queues=0",
+            "kind=nvme,msi=1",
         ] {
             assert!(parse(&[&format!("--pci={bus}")]).is_err(), "{bus}");
         }

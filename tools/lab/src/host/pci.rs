@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Virtual PCI buses that do not belong to a NIC, and what is on them.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hyperv_wire::vpci::SlotNumber;
 use lab_control::{BusStatus, FunctionStatus, PciAction};
+use nvme::{DiskOptions, NvmeDisk, Store};
 use pcitest::TestFunction;
-use vmbus_host::{Guid, VmbusHost};
+use vmbus_host::{Counters, Guid, MessageLog, Platform, VmbusHost};
 use vmm::Machine;
 use vpci::{PciFunction, VpciDevice};
 
@@ -14,11 +16,16 @@ use super::bus::{released, BusMaker, EJECT};
 use super::options::{vpci_name, HostArgs, PciSpec};
 use super::Devices;
 
+/// Serial numbers of disks are EUI-64s, which begin with a number of Microsoft's.
+const DISK_SERIAL: u64 = 0x0015_5d00_0000_0000;
+
 /// What a function is. A new kind needs to be named, set and made here, no more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
     /// For tests of the bus.
     Test(pcitest::Options),
+    /// An NVMe disk.
+    Nvme(nvme::Options),
 }
 
 impl Kind {
@@ -29,6 +36,7 @@ impl Kind {
     pub fn named(name: &str) -> Option<Self> {
         match name {
             "test" => Some(Self::DEFAULT),
+            "nvme" => Some(Self::Nvme(nvme::Options::DEFAULT)),
             _ => None,
         }
     }
@@ -37,6 +45,7 @@ impl Kind {
     fn name(&self) -> &'static str {
         match self {
             Self::Test(_) => "test",
+            Self::Nvme(_) => "nvme",
         }
     }
 
@@ -44,6 +53,7 @@ impl Kind {
     pub fn set(&mut self, key: &str, value: &str) -> Option<bool> {
         match self {
             Self::Test(options) => options.set(key, value),
+            Self::Nvme(options) => options.set(key, value),
         }
     }
 
@@ -51,14 +61,15 @@ impl Kind {
     pub fn check(&self) -> Result<(), String> {
         match self {
             Self::Test(options) => options.check(),
+            Self::Nvme(_) => Ok(()),
         }
     }
 
     /// Makes a function of a bus with a name for the log and counters. One that has left its bus is not used again.
-    fn make(&self, bus: &PciBus, name: &str) -> Result<Arc<dyn PciFunction>, String> {
-        let _ = (bus, name);
+    fn make(&self, bus: &PciBus, name: &str, serial: u32) -> Result<Arc<dyn PciFunction>, String> {
         match self {
             Self::Test(options) => Ok(TestFunction::new(options)),
+            Self::Nvme(options) => bus.disk(options, name, serial),
         }
     }
 }
@@ -69,7 +80,11 @@ pub struct PciBus {
     functions: Vec<Function>,
     at_boot: bool,
     host: Arc<VmbusHost>,
+    counters: Arc<Counters>,
+    log: Arc<MessageLog>,
     state: Mutex<State>,
+    /// The content of disks, which stays when they leave the bus.
+    stores: Mutex<BTreeMap<String, Arc<Store>>>,
 }
 
 /// What can be on a bus.
@@ -125,10 +140,42 @@ impl PciBus {
             functions: functions.collect(),
             at_boot: !spec.later,
             host: devices.bus.clone(),
+            counters: devices.counters.clone(),
+            log: devices.log.clone(),
             state: Mutex::new(State {
                 device: None,
                 present,
             }),
+            stores: Mutex::default(),
+        }
+    }
+
+    /// A disk with the content that it had when it was on the bus before.
+    fn disk(
+        &self,
+        options: &nvme::Options,
+        name: &str,
+        serial: u32,
+    ) -> Result<Arc<dyn PciFunction>, String> {
+        let mut stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
+        let store = match stores.get(name) {
+            Some(store) => store.clone(),
+            None => {
+                let store = Arc::new(options.store().map_err(|error| error.to_string())?);
+                stores.insert(name.to_owned(), store.clone());
+                store
+            }
+        };
+        let options = DiskOptions {
+            name: name.to_owned(),
+            queues: options.queues,
+            serial: DISK_SERIAL | u64::from(serial),
+        };
+        let memory = self.maker.machine().memory().clone();
+        let disk = NvmeDisk::new(&options, memory, store, &self.counters, self.log.clone());
+        match disk {
+            Ok(disk) => Ok(disk),
+            Err(error) => Err(error.to_string()),
         }
     }
 
@@ -189,7 +236,7 @@ impl PciBus {
         let name = format!("{}.{number}", self.name());
         let model = function
             .kind
-            .make(self, &name)
+            .make(self, &name, function.serial)
             .map_err(|error| format!("{name}: {error}"))?;
         match device.add_function(function.slot, function.serial, function.node, model) {
             true => Ok(()),
