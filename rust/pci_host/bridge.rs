@@ -43,13 +43,30 @@ use crate::{
 pub struct Domain(u16);
 
 impl Domain {
-    /// Reserves `wanted`, or the next free number from 1 on if `wanted` is 0 or in use.
+    /// Reserves `wanted`, or if it is 0 or in use, the next free number, from 1 on after the last.
+    ///
+    /// Numbers in use are those that were reserved, and those of buses that firmware describes.
     pub fn reserve(wanted: u16) -> Result<Self> {
-        // SAFETY: No requirements.
-        let number =
-            unsafe { bindings::pci_bus_find_emul_domain_nr(wanted.into(), 1, u16::MAX.into()) };
-        // INVARIANT: The number was just reserved, if it is one.
-        Ok(Self(u16::try_from(number).map_err(|_| ENOSPC)?))
+        let mut first = u32::from(wanted);
+        let mut again = true;
+        loop {
+            // SAFETY: No requirements.
+            let number =
+                unsafe { bindings::pci_bus_find_emul_domain_nr(first, 1, u16::MAX.into()) };
+            match u16::try_from(number) {
+                Ok(number) => {
+                    // INVARIANT: The number was just reserved.
+                    let domain = Self(number);
+                    // SAFETY: No requirements. What is found is not used.
+                    if unsafe { bindings::pci_find_bus(number.into(), 0) }.is_null() {
+                        return Ok(domain);
+                    }
+                    first = u32::from(number) + 1;
+                }
+                Err(_) if core::mem::take(&mut again) => first = 1,
+                Err(_) => return Err(ENOSPC),
+            }
+        }
     }
 
     /// The number.
