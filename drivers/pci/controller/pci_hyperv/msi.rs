@@ -299,10 +299,11 @@ impl MsiController for Controller {
             msi_address: interrupt.address() as u32,
             msi_data: interrupt.data(),
             vector: irq.vector(),
-            target: if bus.version() < ProtocolVersion::V1_2 {
-                Target::Mask(set.banks[0])
-            } else {
-                set.as_target(&mut banks)
+            // Hosts with the older protocol may know the mask only, but then have no other
+            // processors either.
+            target: match set.as_mask() {
+                Some(mask) if bus.version() < ProtocolVersion::V1_2 => Target::Mask(mask),
+                _ => set.as_target(&mut banks),
             },
         };
         let result = if set.is_empty() {
@@ -355,6 +356,12 @@ impl ProcessorSet {
 
     fn is_empty(&self) -> bool {
         self.banks.iter().all(|bank| *bank == 0)
+    }
+
+    /// The set as a mask of the first 64 processors, if there are no others.
+    fn as_mask(&self) -> Option<u64> {
+        let (first, others) = self.banks.split_first()?;
+        others.iter().all(|bank| *bank == 0).then_some(*first)
     }
 
     /// The set as the hypercall wants it: only the banks that are not empty.
