@@ -86,6 +86,9 @@ pub struct Args {
     /// Memory of the guest in MiB
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
     pub memory: u32,
+    /// NUMA nodes, among which processors and memory are divided
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub nodes: u32,
     /// MMIO space below 4 GiB for devices, in MiB
     #[arg(long, default_value_t = (LOW_MMIO.len >> 20) as u32, value_name = "MIB",
         value_parser = clap::value_parser!(u32).range(1..=i64::from((LOW_MMIO.len >> 20) as u32)))]
@@ -189,6 +192,7 @@ impl Args {
             ),
             format!("--cpus={}", self.cpus),
             format!("--memory={}", self.memory),
+            format!("--nodes={}", self.nodes),
             format!("--low-mmio={}", self.low_mmio),
             format!("--high-mmio={}", self.high_mmio),
             format!("--append={}", self.append),
@@ -364,6 +368,7 @@ pub fn run(args: &Args) -> Result<i32> {
         cmdline: args.cmdline(),
         cpus: args.cpus,
         memory: u64::from(args.memory) << 20,
+        nodes: args.nodes,
         pmem: args.pmem.clone(),
         isolated: args.isolated,
         console,

@@ -25,6 +25,10 @@ pub struct Window {
 pub struct Config {
     /// Virtual processors; their APIC ids are 0, 1, ….
     pub cpus: u32,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// NUMA nodes, among which processors and memory are divided.
+    pub nodes: u32,
     /// MMIO window below 4 GiB.
     pub low_mmio: Window,
     /// MMIO window above 4 GiB.
@@ -295,6 +299,45 @@ fn madt(cpus: u32) -> Vec<u8> {
     table(b"APIC", 4, &body)
 }
 
+/// Which node each processor and each piece of memory belongs to.
+fn srat(config: &Config) -> Vec<u8> {
+    let nodes = u64::from(config.nodes);
+    // Revision 1, and what is reserved.
+    let mut body = vec![1, 0, 0, 0];
+    body.extend([0; 8]);
+    for cpu in 0..config.cpus {
+        let node = u64::from(cpu) * nodes / u64::from(config.cpus);
+        // Local APIC, enabled; the node's other bytes are zero.
+        body.extend([0, 16, node as u8, cpu as u8]);
+        body.extend(1u32.to_le_bytes());
+        body.extend([0; 8]);
+    }
+    // Where a node's part of all RAM ends.
+    let end = |node: u64| (config.memory / nodes * (node + 1)) & !((1 << 20) - 1);
+    let mut before = 0;
+    for (base, len) in crate::boot::ram_ranges(config.memory) {
+        let len = len as u64;
+        let mut from = before;
+        for node in 0..nodes {
+            let last = node + 1 == nodes;
+            let to = if last { u64::MAX } else { end(node) }.min(before + len);
+            if from < to {
+                body.extend([1, 40]);
+                body.extend((node as u32).to_le_bytes());
+                body.extend([0; 2]);
+                body.extend((base.0 + from - before).to_le_bytes());
+                body.extend((to - from).to_le_bytes());
+                body.extend([0; 4]);
+                body.extend(1u32.to_le_bytes());
+                body.extend([0; 8]);
+                from = to;
+            }
+        }
+        before += len;
+    }
+    table(b"SRAT", 3, &body)
+}
+
 fn nfit(pmem: Window) -> Vec<u8> {
     /// 66f0d379-b4f3-4074-ac43-0d3318b78cdb: byte-addressable persistent memory.
     const PERSISTENT: [u8; 16] = [
@@ -331,6 +374,9 @@ pub fn build(base: u64, config: &Config) -> Tables {
     let fadt = place(fadt(facs, dsdt));
     let madt = place(madt(config.cpus));
     let mut list = vec![fadt, madt];
+    if config.nodes > 1 {
+        list.push(place(srat(config)));
+    }
     list.extend(config.pmem.map(|pmem| place(nfit(pmem))));
     let list: Vec<_> = list.into_iter().flat_map(u64::to_le_bytes).collect();
     let xsdt = place(table(b"XSDT", 1, &list));
@@ -356,6 +402,8 @@ mod tests {
 
     const CONFIG: Config = Config {
         cpus: 3,
+        memory: 64 << 20,
+        nodes: 1,
         low_mmio: Window {
             base: 0xe000_0000,
             len: 0x1000_0000,
@@ -442,6 +490,37 @@ mod tests {
             at += madt[at + 1] as usize;
         }
         assert_eq!((at, apics), (madt.len(), vec![0, 1, 2]));
+    }
+
+    #[test]
+    fn srat_divides_processors_and_memory() {
+        const GIB: u64 = 1 << 30;
+        let srat = srat(&Config {
+            memory: 8 * GIB,
+            nodes: 2,
+            ..CONFIG
+        });
+        assert_eq!((&srat[..4], sum(&srat)), (&b"SRAT"[..], 0));
+        let (mut cpus, mut memory) = (Vec::new(), Vec::new());
+        let mut at = 48;
+        while at < srat.len() {
+            match srat[at] {
+                0 => cpus.push((srat[at + 3], srat[at + 2])),
+                _ => memory.push((
+                    u32_at(&srat, at + 2),
+                    u64_at(&srat, at + 8),
+                    u64_at(&srat, at + 16),
+                )),
+            }
+            at += srat[at + 1] as usize;
+        }
+        assert_eq!(cpus, [(0, 0), (1, 0), (2, 1)]);
+        // There is a gap from 3 to 4 GiB.
+        let pieces = [(0, 0, 3), (0, 4, 1), (1, 5, 4)];
+        assert_eq!(
+            memory,
+            pieces.map(|(n, from, len)| (n, from * GIB, len * GIB))
+        );
     }
 
     #[test]

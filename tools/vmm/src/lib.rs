@@ -153,6 +153,8 @@ pub struct Config {
     pub cpus: u32,
     /// Memory in bytes.
     pub memory: u64,
+    /// NUMA nodes, 1 to as many as there are processors.
+    pub nodes: u32,
     /// A file that the guest has as persistent memory, a multiple of [`PMEM_UNIT`] long.
     pub pmem: Option<PathBuf>,
     /// Whether the guest's memory is isolated from the host, as by virtualisation-based security.
@@ -285,6 +287,12 @@ impl Vm {
                 config.memory
             )));
         }
+        if !(1..=config.cpus).contains(&config.nodes) {
+            return Err(VmError::Config(format!(
+                "{} NUMA nodes: 1 to {}, the number of processors, are possible",
+                config.nodes, config.cpus
+            )));
+        }
         let ranges = boot::ram_ranges(config.memory);
         let ram_end = ranges
             .iter()
@@ -319,6 +327,8 @@ impl Vm {
             .map_err(|error| VmError::Memory(error.to_string()))?;
         let tables = acpi::Config {
             cpus: config.cpus,
+            memory: config.memory,
+            nodes: config.nodes,
             low_mmio: config.low_mmio,
             high_mmio: config.high_mmio,
             pmem,

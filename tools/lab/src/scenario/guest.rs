@@ -143,6 +143,8 @@ pub struct Boot {
     pub cpus: u32,
     /// Memory in MiB.
     pub memory: u32,
+    /// NUMA nodes.
+    pub nodes: u32,
     /// With our drivers: the kernel's hv_pci has registered before ours, as on a machine
     /// whose command line does not keep it from that.
     pub builtin_pci: bool,
@@ -172,6 +174,7 @@ impl Boot {
             pci: Vec::new(),
             cpus: 1,
             memory: MEMORY,
+            nodes: 1,
             builtin_pci: false,
             pmem: None,
             isolated: false,
@@ -243,6 +246,7 @@ impl Guest {
             .args(["--drivers", drivers.word()])
             .args(["--memory", &boot.memory.to_string()])
             .args(["--cpus", &boot.cpus.to_string()])
+            .args(["--nodes", &boot.nodes.to_string()])
             .arg("--console")
             .arg(socket("console.log"))
             .arg("--agent")
