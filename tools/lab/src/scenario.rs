@@ -20,6 +20,7 @@ mod guest;
 mod host;
 mod isolated;
 mod kexec;
+mod large;
 pub mod level1;
 mod messages;
 mod namespaces;
@@ -194,6 +195,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "four-nics",
         title: "four NICs paired by serial number, colliding bus GUIDs",
         run: four_nics::run,
+    },
+    Scenario {
+        name: "large",
+        title: "64 virtual PCI buses and 66 processors",
+        run: large::run,
     },
     Scenario {
         name: "no-driver",
