@@ -25,6 +25,7 @@ pub mod level1;
 mod messages;
 mod namespaces;
 mod no_driver;
+mod nvme;
 mod observe;
 mod odd_hosts;
 mod one_nic;
@@ -290,6 +291,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "selftests-all",
         title: "the same, every case (only when named)",
         run: selftests::run_all,
+    },
+    Scenario {
+        name: "nvme",
+        title: "an NVMe disk on a bus of its own: data, interrupts, resets, coming and going",
+        run: nvme::run,
     },
     Scenario {
         name: "isolated",
