@@ -96,6 +96,12 @@ pub enum Error {
     SetFormat(u64),
     /// The processor set has another number of banks than its mask says.
     BankCount,
+    /// There is a variable header, and nothing to be in it.
+    VariableHeader(u16),
+    /// A reserved field is not zero.
+    Reserved,
+    /// A flag is not known.
+    Flags(u32),
     /// The caller's buffer is too small.
     NoSpace,
 }
@@ -104,8 +110,12 @@ impl Error {
     /// The status with which a hypervisor answers such an input.
     pub fn status(self) -> u16 {
         match self {
-            Self::Truncated | Self::BankCount | Self::NoSpace => status::INVALID_HYPERCALL_INPUT,
-            Self::NotMsi(_) | Self::SetFormat(_) => status::INVALID_PARAMETER,
+            Self::Truncated | Self::BankCount | Self::VariableHeader(_) | Self::NoSpace => {
+                status::INVALID_HYPERCALL_INPUT
+            }
+            Self::NotMsi(_) | Self::SetFormat(_) | Self::Reserved | Self::Flags(_) => {
+                status::INVALID_PARAMETER
+            }
         }
     }
 }
@@ -130,6 +140,8 @@ struct RetargetHeader {
 
 /// The interrupt entry is an MSI.
 const SOURCE_MSI: u32 = 1;
+/// The interrupt goes to all of the processors.
+const FLAG_MULTICAST: u32 = 1;
 /// The target is a processor set and not a mask.
 const FLAG_PROCESSOR_SET: u32 = 2;
 /// Set format: the banks named by a mask.
@@ -168,6 +180,26 @@ impl Target<'_> {
                 banks
                     .get(before)
                     .is_some_and(|b| (b.get() >> (vp % 64)) & 1 != 0)
+            }
+        }
+    }
+
+    /// Whether all processors of the set have indexes below `count`.
+    pub fn is_within(&self, count: u32) -> bool {
+        // The bits of a bank for processors that exist.
+        let mask = |bank: u32| match count.saturating_sub(bank * 64) {
+            0 => 0,
+            left if left >= 64 => !0,
+            left => (1 << left) - 1,
+        };
+        match *self {
+            Self::Mask(bits) => bits & !mask(0) == 0,
+            Self::All => true,
+            Self::Sparse { valid_banks, banks } => {
+                let present = (0..64).filter(|bank| (valid_banks >> bank) & 1 != 0);
+                present
+                    .zip(banks)
+                    .all(|(bank, contents)| contents.get() & !mask(bank) == 0)
             }
         }
     }
@@ -220,11 +252,27 @@ impl<'a> Retarget<'a> {
         if header.source.get() != SOURCE_MSI {
             return Err(Error::NotMsi(header.source.get()));
         }
-        let target = if header.flags.get() & FLAG_PROCESSOR_SET == 0 {
+        if header.reserved1.get() != 0 || header.reserved2.get() != 0 {
+            return Err(Error::Reserved);
+        }
+        let flags = header.flags.get();
+        if flags & !(FLAG_MULTICAST | FLAG_PROCESSOR_SET) != 0 {
+            return Err(Error::Flags(flags));
+        }
+        // Only the banks of a sparse set go there.
+        let nothing_more = match variable_header {
+            0 => Ok(()),
+            words => Err(Error::VariableHeader(words)),
+        };
+        let target = if flags & FLAG_PROCESSOR_SET == 0 {
+            nothing_more?;
             Target::Mask(header.mask_or_format.get())
         } else {
             match header.mask_or_format.get() {
-                SET_ALL => Target::All,
+                SET_ALL => {
+                    nothing_more?;
+                    Target::All
+                }
                 SET_SPARSE => {
                     let words = usize::from(variable_header);
                     let (words, _) = <[U64]>::ref_from_prefix_with_elems(rest, words)
@@ -377,6 +425,10 @@ mod tests {
             if let Some(vp) = not {
                 assert!(!target.contains(vp), "{target:?}");
             }
+            if let (Some(vp), false) = (contained, target == Target::All) {
+                assert!(!target.is_within(vp), "{target:?}");
+                assert!(target.is_within(vp + 1), "{target:?}");
+            }
             let mut out = [0xaa; Retarget::MAX];
             let control = retarget(target).write(&mut out).unwrap();
             let parsed = Retarget::parse(&out, control.variable_header());
@@ -413,6 +465,22 @@ mod tests {
         assert_eq!(Retarget::parse(&out, 2), Err(Error::SetFormat(2)));
         out[16] = 2;
         assert_eq!(Retarget::parse(&out, 2), Err(Error::NotMsi(2)));
+        // Reserved fields, unknown flags, words for which there is no place.
+        for (at, value, error) in [
+            (20, 1, Error::Reserved),
+            (39, 1, Error::Reserved),
+            (44, 6, Error::Flags(6)),
+            (47, 1, Error::Flags(0x0100_0002)),
+        ] {
+            good.write(&mut out).unwrap();
+            out[at] = value;
+            assert_eq!(Retarget::parse(&out, 2), Err(error), "byte {at}");
+        }
+        for target in [Target::Mask(1), Target::All] {
+            retarget(target).write(&mut out).unwrap();
+            assert!(Retarget::parse(&out, 0).is_ok());
+            assert_eq!(Retarget::parse(&out, 1), Err(Error::VariableHeader(1)));
+        }
         let bad = retarget(Target::Sparse {
             valid_banks: 3,
             banks: &banks,

@@ -14,7 +14,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use lab_control::{Fault, Kind, Lab, LogPage, PciAction, Server, Setting, Status, Target};
-use vmbus_host::{Counters, Direction, MessageLog, Platform, VmbusHost};
+use vmbus_host::{Counter, Counters, Direction, MessageLog, Platform, VmbusHost};
 use vmm::{Hypercalls, Machine, Stopper};
 use vpci::RetargetRouter;
 
@@ -56,6 +56,8 @@ struct Devices {
 struct Router {
     bus: Arc<VmbusHost>,
     retarget: Arc<RetargetRouter>,
+    log: Arc<MessageLog>,
+    refused: Counter,
 }
 
 impl Hypercalls for Router {
@@ -69,6 +71,16 @@ impl Hypercalls for Router {
 
     fn retarget_device_interrupt(&self, input: &[u8]) -> u16 {
         self.retarget.retarget(input)
+    }
+
+    fn retarget_refused(&self, status: u16) {
+        self.refused.inc();
+        self.log.record(
+            Direction::Host,
+            "hypercall",
+            "RETARGET_REFUSED",
+            format_args!("status={status:#x}"),
+        );
     }
 }
 
@@ -145,6 +157,8 @@ impl Host {
         Arc::new(Router {
             bus: self.devices.bus.clone(),
             retarget: self.devices.retarget.clone(),
+            log: self.devices.log.clone(),
+            refused: self.devices.counters.counter("retarget.refused"),
         })
     }
 

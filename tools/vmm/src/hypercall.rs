@@ -23,6 +23,8 @@ pub trait Hypercalls: Send + Sync {
     fn signal_event(&self, connection: u32, flag: u16) -> u16;
     /// `HvRetargetDeviceInterrupt`: its input, with the variable header.
     fn retarget_device_interrupt(&self, input: &[u8]) -> u16;
+    /// `HvRetargetDeviceInterrupt` is answered with this status, and has not been carried out.
+    fn retarget_refused(&self, status: u16);
 }
 
 /// What the hypercall page begins with: `endbr64; out imm8, al; ret`.
@@ -91,6 +93,9 @@ pub(crate) fn dispatch(
         code::RETARGET_INTERRUPT => retarget(registers, memory, handler),
         _ => status::INVALID_HYPERCALL_CODE,
     };
+    if registers.control().code() == code::RETARGET_INTERRUPT && result != status::SUCCESS {
+        handler.retarget_refused(result);
+    }
     result.into()
 }
 
@@ -215,6 +220,7 @@ mod tests {
         Post(u32, u32, Vec<u8>),
         Signal(u32, u16),
         Retarget(Vec<u8>),
+        Refused(u16),
     }
 
     #[derive(Default)]
@@ -236,6 +242,9 @@ mod tests {
         }
         fn retarget_device_interrupt(&self, input: &[u8]) -> u16 {
             self.record(Call::Retarget(input.to_vec()))
+        }
+        fn retarget_refused(&self, status: u16) {
+            self.record(Call::Refused(status));
         }
     }
 
@@ -361,7 +370,11 @@ mod tests {
             );
         }
         // The longest header the field can express does not fit into a page.
-        assert_eq!(run(0x7e | (0x3ff << 17), 0x1000, &memory).0, 3);
+        let refused = (3, vec![Call::Refused(3)]);
+        assert_eq!(run(0x7e | (0x3ff << 17), 0x1000, &memory), refused);
+        // Neither a fast call nor a rep call.
+        assert_eq!(run(0x7e | (1 << 16), 0x1000, &memory), refused);
+        assert_eq!(run(0x7e | (1 << 32), 0x1000, &memory), refused);
     }
 
     #[test]

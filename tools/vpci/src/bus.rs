@@ -647,12 +647,18 @@ impl Bus {
         if input.device & !7 != hypercall::device_id(&instance, 0) {
             return None;
         }
-        let Some(vp) = (0..self.options.processors).find(|vp| input.target.contains(*vp)) else {
+        let processors = self.options.processors;
+        let vp = (0..processors).find(|vp| input.target.contains(*vp));
+        let Some(vp) = vp.filter(|_| input.target.is_within(processors)) else {
             return Some(hypercall::status::INVALID_VP_INDEX);
         };
-        let moved = self
-            .interrupts
-            .retarget(input.msi_address, input.msi_data, vp, input.vector);
+        let moved = self.interrupts.retarget(
+            (input.device & 7) as u8,
+            input.msi_address,
+            input.msi_data,
+            vp,
+            input.vector,
+        );
         Some(match moved {
             Ok(()) => hypercall::status::SUCCESS,
             Err(_) => hypercall::status::INVALID_PARAMETER,
@@ -757,13 +763,18 @@ impl RetargetRouter {
             return hypercall::status::INVALID_PARTITION_ID;
         }
         let buses = self.buses.lock().unwrap_or_else(|e| e.into_inner());
+        let mut result = hypercall::status::INVALID_PARAMETER;
         for (bus_name, bus) in buses.iter() {
             let status = bus.upgrade().and_then(|bus| bus.retarget(&parsed));
             if let Some(status) = status {
                 *name = Some(bus_name.clone());
-                return status;
+                result = status;
+            }
+            // Buses with like GUIDs have the same device ids; one of them has the interrupt.
+            if status == Some(hypercall::status::SUCCESS) {
+                break;
             }
         }
-        hypercall::status::INVALID_PARAMETER
+        result
     }
 }

@@ -8,7 +8,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use hyperv_wire::vpci::{InterruptRequest, TranslatedInterrupt};
+use hyperv_wire::vpci::{InterruptRequest, SlotNumber, TranslatedInterrupt};
 use vmbus_host::{Counter, Counters};
 
 /// Raises a message-signalled interrupt of the machine: address and data as the local APIC has them.
@@ -214,8 +214,16 @@ impl InterruptTable {
         blocks
     }
 
-    /// Sends the interrupt with this address (low half) and data to another processor and vector.
-    pub fn retarget(&self, address: u32, data: u32, vp: u32, vector: u32) -> Result<(), Error> {
+    /// Sends the interrupt with this address (low half) and data to another processor and vector. `function` is the function
+    /// number of the slot whose it is.
+    pub fn retarget(
+        &self,
+        function: u8,
+        address: u32,
+        data: u32,
+        vp: u32,
+        vector: u32,
+    ) -> Result<(), Error> {
         if !(FIRST_VECTOR..=LAST_VECTOR).contains(&vector) {
             return Err(Error::Vector(vector));
         }
@@ -224,7 +232,10 @@ impl InterruptTable {
         }
         let mut entries = self.entries();
         match entries.all.get_mut(data as usize) {
-            Some(Some(entry)) if u64::from(address) == ADDRESS => {
+            Some(Some(entry))
+                if u64::from(address) == ADDRESS
+                    && SlotNumber::from_raw(entry.slot).function() == function =>
+            {
                 entry.target.vp = vp;
                 entry.target.vector = vector;
             }
@@ -289,7 +300,7 @@ mod tests {
         let i = table.create(0, &request(0x31, 1, !0)).unwrap();
         table.raise(i.address(), i.data());
         table
-            .retarget(i.address() as u32, i.data(), 1, 0x52)
+            .retarget(0, i.address() as u32, i.data(), 1, 0x52)
             .unwrap();
         table.raise(i.address(), i.data());
         assert_eq!(
@@ -318,7 +329,7 @@ mod tests {
         assert_eq!(block.data() % 32, 0);
         assert_ne!(block.data(), single.data());
         table
-            .retarget(block.address() as u32, block.data() + 31, 1, 0x99)
+            .retarget(0, block.address() as u32, block.data() + 31, 1, 0x99)
             .unwrap();
         table.raise(block.address(), block.data() + 31);
         table.raise(block.address(), block.data() + 30);
@@ -357,15 +368,22 @@ mod tests {
         }
         assert_eq!(table.create(0, &request(32, 1, 1)), Err(Error::Full));
         let address = ADDRESS as u32;
-        assert_eq!(table.retarget(address, 0, 2, 0x31), Err(Error::NoProcessor));
         assert_eq!(
-            table.retarget(address, 0, 0, 0x100),
+            table.retarget(0, address, 0, 2, 0x31),
+            Err(Error::NoProcessor)
+        );
+        assert_eq!(
+            table.retarget(0, address, 0, 0, 0x100),
             Err(Error::Vector(0x100))
         );
         assert_eq!(
-            table.retarget(address, ENTRIES as u32, 0, 0x31),
+            table.retarget(0, address, ENTRIES as u32, 0, 0x31),
             Err(Error::Unknown)
         );
-        assert_eq!(table.retarget(0xfee0_0000, 0, 0, 0x31), Err(Error::Unknown));
+        assert_eq!(table.retarget(1, address, 0, 0, 0x31), Err(Error::Unknown));
+        assert_eq!(
+            table.retarget(0, 0xfee0_0000, 0, 0, 0x31),
+            Err(Error::Unknown)
+        );
     }
 }

@@ -11,6 +11,7 @@ use std::{
 };
 
 use hyperv_wire::{
+    hypercall::{device_id, status, Retarget, Target, PARTITION_SELF},
     vpci::{
         config_window, CreateInterruptReply, Event, Function, InterruptRequest, Processors,
         ProtocolVersion, ReadBlock, Request, ResourceRequirementsReply, SlotNumber, Status,
@@ -19,10 +20,11 @@ use hyperv_wire::{
 };
 use vmbus_host::Counters;
 use vmm::MmioBus;
+use zerocopy::little_endian::U64;
 
 use crate::{
     Bar, Bus, BusCounters, BusOptions, Description, InterruptSender, MsixLayout, Outgoing,
-    PciFunction,
+    PciFunction, RetargetRouter,
 };
 
 const WINDOW: u64 = 0x10_0000_0000;
@@ -410,6 +412,108 @@ fn interrupts_reach_the_processor_asked_for() {
     assert_eq!(guest.raised.lock().unwrap().len(), 1);
     assert_eq!(guest.count("bus.interrupts.reclaimed"), 0);
     assert_eq!(guest.count("bus.interrupts.live"), 0);
+}
+
+#[test]
+fn each_field_of_a_retarget_is_checked() {
+    let (guest, _) = Guest::with_function(ProtocolVersion::V1_4);
+    guest.enter_d0(ProtocolVersion::V1_4);
+    let router = RetargetRouter::new();
+    router.add("bus", &guest.bus);
+    let create = Request::CreateInterrupt(slot(2), interrupt(Processors::Mask(1)));
+    let reply = guest.request(create);
+    let made = CreateInterruptReply::parse(&reply).unwrap().unwrap();
+    let banks = [U64::new(1 << 3)];
+    let good = Retarget {
+        partition: PARTITION_SELF,
+        device: device_id(&Guid::ZERO.to_bytes(), 0),
+        msi_address: made.address() as u32,
+        msi_data: made.data(),
+        vector: 0x52,
+        target: Target::Sparse {
+            valid_banks: 1,
+            banks: &banks,
+        },
+    };
+    let retarget = |input: Retarget<'_>| {
+        let mut out = [0; Retarget::MAX];
+        let control = input.write(&mut out).unwrap();
+        let length = Retarget::FIXED + 8 * usize::from(control.variable_header());
+        router.retarget(&out[..length])
+    };
+    assert_eq!(retarget(good), status::SUCCESS);
+    assert_eq!(guest.count("bus.interrupts.retargeted"), 1);
+    let two = [U64::new(1 << 3), U64::new(1)];
+    let mask = |target| Retarget { target, ..good };
+    for (input, status) in [
+        (
+            Retarget {
+                partition: 1,
+                ..good
+            },
+            status::INVALID_PARTITION_ID,
+        ),
+        // Another bus, another function, more than 32 bits.
+        (
+            Retarget {
+                device: 1 << 16,
+                ..good
+            },
+            status::INVALID_PARAMETER,
+        ),
+        (Retarget { device: 1, ..good }, status::INVALID_PARAMETER),
+        (
+            Retarget {
+                device: 1 << 32,
+                ..good
+            },
+            status::INVALID_PARAMETER,
+        ),
+        (
+            Retarget {
+                msi_address: 0xfee0_0000,
+                ..good
+            },
+            status::INVALID_PARAMETER,
+        ),
+        (
+            Retarget {
+                msi_data: made.data() + 1,
+                ..good
+            },
+            status::INVALID_PARAMETER,
+        ),
+        (
+            Retarget {
+                vector: 0xf,
+                ..good
+            },
+            status::INVALID_PARAMETER,
+        ),
+        (
+            Retarget {
+                vector: 0x152,
+                ..good
+            },
+            status::INVALID_PARAMETER,
+        ),
+        // There are four processors.
+        (mask(Target::Mask(0)), status::INVALID_VP_INDEX),
+        (mask(Target::Mask(1 << 4)), status::INVALID_VP_INDEX),
+        (mask(Target::Mask(1 | 1 << 4)), status::INVALID_VP_INDEX),
+        (
+            mask(Target::Sparse {
+                valid_banks: 3,
+                banks: &two,
+            }),
+            status::INVALID_VP_INDEX,
+        ),
+        (mask(Target::Mask(2)), status::SUCCESS),
+        (mask(Target::All), status::SUCCESS),
+    ] {
+        assert_eq!(retarget(input), status, "{input:x?}");
+    }
+    assert_eq!(guest.count("bus.interrupts.retargeted"), 3);
 }
 
 #[test]
