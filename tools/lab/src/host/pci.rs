@@ -68,7 +68,10 @@ impl Kind {
     /// Makes a function of a bus with a name for the log and counters. One that has left its bus is not used again.
     fn make(&self, bus: &PciBus, name: &str, serial: u32) -> Result<Arc<dyn PciFunction>, String> {
         match self {
-            Self::Test(options) => Ok(TestFunction::new(options)),
+            Self::Test(options) => match TestFunction::new(options, name, &bus.counters) {
+                Ok(function) => Ok(function),
+                Err(error) => Err(error.to_string()),
+            },
             Self::Nvme(options) => bus.disk(options, name, serial),
         }
     }
