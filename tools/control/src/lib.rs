@@ -195,6 +195,12 @@ pub enum PciAction {
         #[arg(default_value_t = 0)]
         function: u32,
     },
+    /// Print the configuration space of a function, as hexadecimal digits
+    Config {
+        /// Number of the function
+        #[arg(default_value_t = 0)]
+        function: u32,
+    },
     /// Tell the function's driver that configuration blocks have changed
     Invalidate {
         /// Number of the function
@@ -521,8 +527,8 @@ pub trait Lab: Send + Sync {
     /// See [`Request::Fault`].
     fn fault(&self, nic: u32, fault: Fault, times: u32) -> Result<(), String>;
 
-    /// See [`Request::Pci`].
-    fn pci(&self, bus: u32, action: &PciAction) -> Result<(), String>;
+    /// See [`Request::Pci`]. Gives what is to be printed, if anything.
+    fn pci(&self, bus: u32, action: &PciAction) -> Result<Option<String>, String>;
 
     /// Writes a line of what the control socket does into the message log.
     fn note(&self, event: &str);
@@ -569,7 +575,10 @@ pub fn execute(lab: &dyn Lab, request: &Request) -> Response {
             times,
         } => send(lab, nic, kind, transaction, messages, times),
         Request::Fault { nic, fault, times } => lab.fault(nic, fault, times),
-        Request::Pci { bus, ref action } => lab.pci(bus, action),
+        Request::Pci { bus, ref action } => match lab.pci(bus, action) {
+            Ok(Some(output)) => return Response::Ok(Reply::Output(output)),
+            other => other.map(drop),
+        },
         Request::Service { nic, duration_ms } => {
             service(lab, nic, Duration::from_millis(duration_ms))
         }

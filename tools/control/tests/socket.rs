@@ -85,8 +85,9 @@ impl Lab for Recorder {
         self.add(format!("fault {nic} {fault:?} {times}"))
     }
 
-    fn pci(&self, bus: u32, action: &PciAction) -> Result<(), String> {
-        self.add(format!("pci {bus} {action:?}"))
+    fn pci(&self, bus: u32, action: &PciAction) -> Result<Option<String>, String> {
+        self.add(format!("pci {bus} {action:?}"))?;
+        Ok(matches!(action, PciAction::Config { .. }).then(|| "00".into()))
     }
 
     fn note(&self, event: &str) {
@@ -231,6 +232,15 @@ fn requests_reach_the_lab() {
             })
             .unwrap(),
         Reply::Output("4: ping".into())
+    );
+    assert_eq!(
+        client
+            .request(&Request::Pci {
+                bus: 0,
+                action: PciAction::Config { function: 0 }
+            })
+            .unwrap(),
+        Reply::Output("00".into())
     );
     for (request, error) in [
         (Request::Eject { nic: 5 }, "NIC 5 has no VF"),

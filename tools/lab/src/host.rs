@@ -276,7 +276,7 @@ impl Lab for Devices {
         Ok(())
     }
 
-    fn pci(&self, bus: u32, action: &PciAction) -> Result<(), String> {
+    fn pci(&self, bus: u32, action: &PciAction) -> Result<Option<String>, String> {
         let found = self.buses.get(bus as usize).ok_or_else(|| {
             format!(
                 "there is no bus {bus}: they count from 0, and there are {}",

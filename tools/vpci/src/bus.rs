@@ -701,6 +701,14 @@ impl Bus {
         }
     }
 
+    /// Configuration space of a function, as a guest reads it.
+    pub fn config(&self, number: SlotNumber) -> Option<Vec<u8>> {
+        let slot = self.state().functions.get(&number.raw()).cloned()?;
+        let mut data = vec![0; config_window::CONFIG_SPACE_SIZE as usize];
+        slot.decode().config.read(0, &mut data);
+        Some(data)
+    }
+
     /// The protocol version agreed on.
     pub fn version(&self) -> Option<ProtocolVersion> {
         self.state().version

@@ -315,6 +315,12 @@ fn bars_move_and_vanish() {
     let masks = ResourceRequirementsReply::parse(&reply).unwrap().unwrap();
     assert_eq!(masks, [0xffff_f000, 0xffff_e000, 0, 0, 0, 0]);
     assert_eq!(guest.read32(guest.config(2, 0)), 0x5678_1234);
+    let config = guest.bus.config(slot(2)).unwrap();
+    assert_eq!(
+        (config.len(), &config[..4]),
+        (4096, &[0x34, 0x12, 0x78, 0x56][..])
+    );
+    assert_eq!(guest.bus.config(slot(3)), None);
     assert_eq!(guest.read32(guest.config(3, 0)), !0);
     assert_eq!(guest.read32(WINDOW), slot(3).raw());
 

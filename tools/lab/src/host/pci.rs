@@ -198,15 +198,22 @@ impl PciBus {
         self.maker.name()
     }
 
-    /// Carries out what the control socket asks for.
-    pub(super) fn act(&self, action: &PciAction) -> Result<(), String> {
-        match *action {
+    /// Carries out what the control socket asks for, and gives what is to be printed.
+    pub(super) fn act(&self, action: &PciAction) -> Result<Option<String>, String> {
+        let done = match *action {
             PciAction::Offer => self.offer(),
             PciAction::Remove => self.remove(),
             PciAction::Rescind => self.rescind(),
             PciAction::Add { function } => self.add(function),
             PciAction::Eject { function } => self.eject(function),
             PciAction::Pull { function } => self.pull(function),
+            PciAction::Config { function } => {
+                let slot = self.present(function)?.slot;
+                let config = self.device()?.bus().config(slot);
+                let digits =
+                    |bytes: Vec<u8>| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                return Ok(config.map(digits));
+            }
             PciAction::Invalidate { function, mask } => {
                 let slot = self.function(function)?.slot;
                 self.device()?.invalidate_blocks(slot, mask);
@@ -216,7 +223,8 @@ impl PciBus {
                 true => Ok(()),
                 false => Err("this is no fault of a virtual PCI bus".into()),
             },
-        }
+        };
+        done.map(|()| None)
     }
 
     fn function(&self, number: u32) -> Result<&Function, String> {

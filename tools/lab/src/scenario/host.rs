@@ -203,6 +203,18 @@ impl Host {
         self.request(&Request::Pci { bus, action }).map(drop)
     }
 
+    /// Configuration space of a function on such a bus, as the host has it.
+    pub fn pci_config(&self, bus: usize, function: u32) -> Result<String> {
+        let request = Request::Pci {
+            bus: bus as u32,
+            action: PciAction::Config { function },
+        };
+        match self.request(&request)? {
+            Reply::Output(digits) => Ok(digits),
+            other => Err(format!("host: {request:?}: {other:?}").into()),
+        }
+    }
+
     /// Says that the NIC has a VF, or none, whatever there is.
     pub fn set_association(&self, nic: &Nic, on: bool) -> Result<()> {
         let nic = self.number(nic)?;
