@@ -16,6 +16,7 @@ mod faults;
 mod flaps;
 mod four_nics;
 mod frames;
+mod functions;
 mod guest;
 mod host;
 mod isolated;
@@ -302,10 +303,20 @@ const SCENARIOS: &[Scenario] = &[
         title: "a guest whose memory is isolated from the host",
         run: isolated::run,
     },
+    Scenario {
+        name: "functions",
+        title: "functions on virtual PCI buses: BARs, each kind of interrupt, configuration blocks",
+        run: functions::run,
+    },
+    Scenario {
+        name: "functions-long",
+        title: "the same, as often as it takes to be sure (only when named)",
+        run: functions::run_long,
+    },
 ];
 
 /// Run only when they are named.
-const ON_DEMAND: &[&str] = &["selftests-all"];
+const ON_DEMAND: &[&str] = &["selftests-all", "functions-long"];
 
 /// The scenarios whose texts are compared between the driver sets, with the differences that stay.
 const COMPARED: &[(&str, &[compare::Kept])] = &[

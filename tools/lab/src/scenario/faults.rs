@@ -18,7 +18,8 @@ const NETVSC_LIMIT: Duration = Duration::from_secs(10 + 5);
 const PCI_LIMIT: Duration = Duration::from_secs(30 + 10);
 
 /// What the kernel adds to a driver's own line when a probe fails.
-const PROBE_FAILED: &str = "probe failed for device|probe with driver|unable to add netvsc device";
+pub const PROBE_FAILED: &str =
+    "probe failed for device|probe with driver|unable to add netvsc device";
 
 /// A fault of the synthetic NIC that must make its probe fail, and the driver's word on it.
 struct Failing {

@@ -145,6 +145,8 @@ pub struct Boot {
     pub memory: u32,
     /// NUMA nodes.
     pub nodes: u32,
+    /// MMIO space above 4 GiB in MiB.
+    pub high_mmio: Option<u32>,
     /// With our drivers: the kernel's hv_pci has registered before ours, as on a machine
     /// whose command line does not keep it from that.
     pub builtin_pci: bool,
@@ -175,6 +177,7 @@ impl Boot {
             cpus: 1,
             memory: MEMORY,
             nodes: 1,
+            high_mmio: None,
             builtin_pci: false,
             pmem: None,
             isolated: false,
@@ -293,6 +296,9 @@ impl Guest {
             if let Some(value) = value {
                 command.args([option, value]);
             }
+        }
+        if let Some(mib) = boot.high_mmio {
+            command.arg(format!("--high-mmio={mib}"));
         }
         if let Some(path) = &boot.pmem {
             command.arg("--pmem").arg(path);
