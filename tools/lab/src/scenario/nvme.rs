@@ -30,7 +30,9 @@ const TIMEOUT: Duration = Duration::from_secs(15);
 /// Until a disk has come or gone.
 const DEADLINE: Duration = Duration::from_secs(30);
 /// For what fio does in one go.
-const FIO: Duration = Duration::from_secs(90);
+const FIO: Duration = Duration::from_secs(120);
+/// How long fio runs at most beside other things.
+const LOAD: Duration = Duration::from_secs(240);
 /// Resets under load.
 const RESETS: u64 = 3;
 
@@ -339,9 +341,9 @@ impl Disk<'_> {
         let command = self.fio(&format!(
             "--rw=randwrite --bs=4k --iodepth=4 --rate_iops=100 --numjobs={CPUS} --size=1M --offset_increment={REGION}M --verify=crc32c \
              --verify_backlog=32 --time_based --runtime={}",
-            FIO.as_secs()
+            LOAD.as_secs()
         ))?;
-        let running = self.guest.start(&command, FIO + DEADLINE)?;
+        let running = self.guest.start(&command, LOAD + DEADLINE)?;
         // It has begun to write when the host has seen that.
         let written = || -> Result<u64> { Ok(self.guest.host.counters()?["pci0.0.writes"]) };
         let before = written()?;
