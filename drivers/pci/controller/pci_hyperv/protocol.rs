@@ -54,7 +54,7 @@ impl Bus {
                         e.to_errno()
                     );
                 })?;
-            match self.status(response.as_bytes())? {
+            match self.status(response.as_bytes(), "version request")? {
                 Status::REVISION_MISMATCH => {}
                 status if status.is_failure() => {
                     dev_err!(
@@ -82,10 +82,10 @@ impl Bus {
         Err(eproto())
     }
 
-    /// The status of an answer.
-    fn status(&self, response: &[u8]) -> Result<Status> {
+    /// The status of an answer to what is named.
+    fn status(&self, response: &[u8], what: &str) -> Result<Status> {
         Status::parse(response).map_err(|e| {
-            dev_err!(self.log(), "{}\n", format_args!("{e}"));
+            dev_err!(self.log(), "{}: {}\n", what, format_args!("{e}"));
             eproto()
         })
     }
@@ -114,7 +114,9 @@ impl Bus {
     /// A function whose BARs the host does not tell has none.
     pub(crate) fn query_bars(&self, slot: SlotNumber) -> Result<[u32; BARS]> {
         let query = ChildMessage::new(MessageType::QUERY_RESOURCE_REQUIREMENTS, slot);
-        let response = self.request(query.as_bytes(), HOST_TIMEOUT)?;
+        let response = self
+            .request(query.as_bytes(), HOST_TIMEOUT)
+            .inspect_err(|e| self.log_timeout(*e, "tell resource requirements"))?;
         match ResourceRequirementsReply::parse(response.as_bytes()) {
             Ok(Ok(bars)) => return Ok(bars),
             Ok(Err(status)) => dev_err!(
@@ -142,7 +144,7 @@ impl Bus {
             let response = self
                 .request(D0Entry::new(window).as_bytes(), HOST_TIMEOUT)
                 .inspect_err(|e| self.log_timeout(*e, "answer D0 Entry"))?;
-            let status = self.status(response.as_bytes())?;
+            let status = self.status(response.as_bytes(), "D0 entry")?;
             if !status.is_failure() {
                 return Ok(());
             }
@@ -176,11 +178,12 @@ impl Bus {
         let slot = child.function.slot;
         let response = match self.version().resources_assigned() {
             MessageType::RESOURCES_ASSIGNED => {
-                self.request(ResourcesAssigned::new(slot).as_bytes(), HOST_TIMEOUT)?
+                self.request(ResourcesAssigned::new(slot).as_bytes(), HOST_TIMEOUT)
             }
-            _ => self.request(ResourcesAssigned2::new(slot).as_bytes(), HOST_TIMEOUT)?,
-        };
-        let status = self.status(response.as_bytes())?;
+            _ => self.request(ResourcesAssigned2::new(slot).as_bytes(), HOST_TIMEOUT),
+        }
+        .inspect_err(|e| self.log_timeout(*e, "take assigned resources"))?;
+        let status = self.status(response.as_bytes(), "assigned resources")?;
         if status.is_failure() {
             dev_err!(self.log(), "resource allocated returned {:#x}\n", status.0);
             return Err(eproto());

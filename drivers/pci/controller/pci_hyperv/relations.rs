@@ -55,21 +55,27 @@ impl Bus {
         let current = self.all_children()?;
         let mut next: KVec<Arc<Child>> = KVec::with_capacity(functions.len(), GFP_KERNEL)?;
         let mut new = KVec::new();
+        let mut unanswered = false;
 
         for function in functions {
-            if next.iter().any(|c| c.function.slot == function.slot) {
-                dev_err!(self.log(), "two functions in slot {:?}\n", function.slot);
+            if let Some(other) = next.iter().find(|c| c.function.slot == function.slot) {
+                if !is_same(&other.function, function) {
+                    dev_err!(self.log(), "two functions in slot {:?}\n", function.slot);
+                }
                 continue;
             }
             let child = match current.iter().find(|c| is_same(&c.function, function)) {
                 Some(child) => child.clone(),
+                None if unanswered => continue,
                 None => match self.add_child(*function) {
                     Ok(child) => {
                         new.push(child.clone(), GFP_KERNEL)?;
                         child
                     }
-                    Err(_) => {
+                    Err(e) => {
                         dev_err!(self.log(), "couldn't record a child device.\n");
+                        // A host that does not answer would be waited for again and again.
+                        unanswered |= e == ETIMEDOUT || e == ENODEV;
                         continue;
                     }
                 },
@@ -106,6 +112,9 @@ impl Bus {
                     child.function.slot,
                     e.to_errno()
                 );
+                if e == ETIMEDOUT || e == ENODEV {
+                    break;
+                }
             }
         }
         let lock = RescanLock::new();
