@@ -217,6 +217,76 @@ pub enum PciAction {
         #[arg(long, default_value_t = 1)]
         times: u32,
     },
+    /// Answer a request otherwise than usually the next time it comes
+    Answer {
+        /// Which
+        request: PciRequest,
+        /// How; the answer of relations is a message
+        how: Answer,
+        /// How many times; 0 takes it back
+        #[arg(long, default_value_t = 1)]
+        times: u32,
+    },
+    /// Send messages to the guest's driver as they are
+    Send {
+        /// The bytes of each in hexadecimal digits
+        #[arg(required = true)]
+        messages: Vec<String>,
+        /// Send them as completions of this transaction
+        #[arg(long)]
+        completion: Option<u64>,
+        /// How many times, all in turn
+        #[arg(long, default_value_t = 1)]
+        times: u32,
+    },
+}
+
+/// A request of the guest on a virtual PCI bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum PciRequest {
+    /// Proposal of a version
+    Version,
+    /// What is on the bus
+    Relations,
+    /// Sizes of a function's BARs
+    Requirements,
+    /// The bus is to be used
+    D0Entry,
+    /// A function has its resources
+    Assigned,
+    /// A message for an interrupt
+    CreateInterrupt,
+    /// A configuration block is read
+    ReadBlock,
+    /// A configuration block is written
+    WriteBlock,
+    /// The bus is not used any more
+    D0Exit,
+}
+
+/// How a request is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// Not at all; it is not carried out
+    Mute,
+    /// With an error; it is not carried out
+    Refused,
+    /// With the status alone, or without it if there is no more
+    Short,
+    /// With 512 bytes more
+    Long,
+    /// After a second
+    Slow,
+    /// After 7 seconds
+    Late,
+    /// After 35 seconds
+    VeryLate,
+    /// Twice
+    Twice,
+    /// After the completion of a transaction that is none
+    Stray,
 }
 
 fn parse_mask(text: &str) -> Result<u64, std::num::ParseIntError> {
@@ -621,7 +691,11 @@ fn send(
 }
 
 /// The bytes of hexadecimal digits.
-fn unhex(text: &str) -> Result<Vec<u8>, String> {
+///
+/// # Errors
+///
+/// A text for the user if the text is something else.
+pub fn unhex(text: &str) -> Result<Vec<u8>, String> {
     let digit = |byte: u8| char::from(byte).to_digit(16);
     let bytes = text.as_bytes().chunks(2).map(|pair| match *pair {
         [high, low] => Some(((digit(high)? << 4) | digit(low)?) as u8),

@@ -27,6 +27,11 @@ use crate::{
 /// A packet on its way to the guest, with the transaction id it completes.
 type Queued = (u64, Outgoing);
 
+/// Bytes of a status.
+const STATUS: usize = 4;
+/// Bytes too many in an answer that is too long.
+const EXCESS: usize = 512;
+
 /// What the worker and the other threads share while the channel is open.
 struct Session {
     channel: Arc<Channel>,
@@ -118,6 +123,18 @@ impl VpciDevice {
         self.send(event);
     }
 
+    /// Sends something as it is: the completion of a transaction, or a message. Says whether the guest has the
+    /// channel open.
+    pub fn send_raw(&self, completion: Option<u64>, payload: &[u8]) -> bool {
+        let packet = Outgoing {
+            completion: completion.is_some(),
+            name: "RAW",
+            fields: format!("length={}", payload.len()),
+            payload: payload.to_vec(),
+        };
+        self.enqueue(completion.unwrap_or(0), packet)
+    }
+
     /// Says that the device is about to be rescinded: what the guest then leaves behind is not its
     /// fault.
     pub fn about_to_rescind(&self) {
@@ -125,12 +142,18 @@ impl VpciDevice {
     }
 
     fn send(&self, event: Option<Outgoing>) {
-        let Some(event) = event else { return };
+        if let Some(event) = event {
+            self.enqueue(0, event);
+        }
+    }
+
+    fn enqueue(&self, transaction: u64, packet: Outgoing) -> bool {
         let session = lock(&self.running).as_ref().map(|r| r.session.clone());
-        if let Some(session) = session {
-            lock(&session.outbox).push_back((0, event));
+        if let Some(session) = &session {
+            lock(&session.outbox).push_back((transaction, packet));
             session.flush(&self.log);
         }
+        session.is_some()
     }
 }
 
@@ -164,7 +187,13 @@ impl Session {
         }
     }
 
-    fn handle(&self, bus: &Bus, log: &MessageLog, faults: &Faults, packet: &Packet) {
+    fn handle(
+        self: &Arc<Self>,
+        bus: &Bus,
+        log: &Arc<MessageLog>,
+        faults: &Faults,
+        packet: &Packet,
+    ) {
         let name = self.channel.name();
         if packet.kind != PacketKind::InBand {
             log.record(
@@ -188,21 +217,21 @@ impl Session {
             let bytes = &packet.payload;
             log.record_message(Direction::GuestToHost, name, message, fields, bytes);
         };
+        let mut fault = None;
         let replies = match Request::parse(&packet.payload) {
             Ok(request) => {
                 record(&Fields(&request));
-                match message_type.and_then(|request| faults.take(request)) {
-                    None => bus.handle(&request),
-                    Some(action) => {
-                        log.record(Direction::Host, name, "FAULT", format_args!("{action:?}"));
-                        bus.count_fault();
-                        match action {
-                            FaultAction::Mute => return,
-                            FaultAction::Refuse => {
-                                vec![Outgoing::status(Status::INVALID_DEVICE_STATE)]
-                            }
-                        }
+                fault = message_type.and_then(|request| faults.take(request));
+                if let Some(action) = fault {
+                    log.record(Direction::Host, name, "FAULT", format_args!("{action:?}"));
+                    bus.count_fault();
+                }
+                match fault {
+                    Some(FaultAction::Mute) => return,
+                    Some(FaultAction::Refuse) => {
+                        vec![Outgoing::status(Status::INVALID_DEVICE_STATE)]
                     }
+                    _ => bus.handle(&request),
                 }
             }
             Err(error) => {
@@ -210,17 +239,31 @@ impl Session {
                 vec![bus.refuse()]
             }
         };
-        let mut outbox = lock(&self.outbox);
+        let mut answers = Vec::new();
         for reply in replies {
             if !reply.completion || packet.completion_requested {
-                outbox.push_back((packet.transaction_id, reply));
+                answers.push((packet.transaction_id, reply));
             } else if reply.failed() {
                 log.record(Direction::Host, name, "refused", &reply.fields);
             }
         }
+        match fault {
+            Some(FaultAction::Late(delay)) => self.send_late(answers, delay, log),
+            fault => lock(&self.outbox).extend(spoilt(answers, fault)),
+        }
     }
 
-    fn run(&self, bus: &Bus, log: &MessageLog, faults: &Faults) {
+    /// Sends something after a while, if the channel is open then.
+    fn send_late(self: &Arc<Self>, answers: Vec<Queued>, delay: Duration, log: &Arc<MessageLog>) {
+        let (session, log) = (self.clone(), log.clone());
+        thread::spawn(move || {
+            thread::sleep(delay);
+            lock(&session.outbox).extend(answers);
+            session.flush(&log);
+        });
+    }
+
+    fn run(self: &Arc<Self>, bus: &Bus, log: &Arc<MessageLog>, faults: &Faults) {
         loop {
             loop {
                 match self.channel.recv() {
@@ -242,6 +285,27 @@ impl Session {
             }
         }
     }
+}
+
+/// Answers as a fault has them.
+fn spoilt(answers: Vec<Queued>, fault: Option<FaultAction>) -> Vec<Queued> {
+    let mut sent = Vec::new();
+    for (transaction, mut answer) in answers {
+        match fault {
+            Some(FaultAction::Short) => {
+                let payload = &mut answer.payload;
+                payload.truncate(if payload.len() > STATUS { STATUS } else { 0 });
+            }
+            Some(FaultAction::Long) => answer.payload.extend([0xff; EXCESS]),
+            Some(FaultAction::Twice) => sent.push((transaction, answer.clone())),
+            Some(FaultAction::Stray) => {
+                sent.push((!transaction, Outgoing::status(Status::SUCCESS)));
+            }
+            _ => {}
+        }
+        sent.push((transaction, answer));
+    }
+    sent
 }
 
 /// The fields of a request for the log.

@@ -2,7 +2,10 @@
 
 //! Requests that a bus can be told to treat badly.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use hyperv_wire::vpci::MessageType;
 
@@ -13,6 +16,16 @@ pub enum FaultAction {
     Mute,
     /// It is refused.
     Refuse,
+    /// It is carried out; all that is answered is its status, or nothing if there is no more than that.
+    Short,
+    /// It is carried out, and the answer has more bytes than belong to it.
+    Long,
+    /// It is carried out, and answered so late.
+    Late(Duration),
+    /// It is carried out and answered twice.
+    Twice,
+    /// It is carried out, and before it something is answered that was not asked.
+    Stray,
 }
 
 struct Fault {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyperv_wire::vpci::{MessageType, ProtocolVersion};
-use lab_control::Fault;
+use lab_control::{Answer, Fault, PciRequest};
 use vmbus_host::{Guid, MessageLog, Platform, VmbusHost};
 use vmm::Machine;
 use vpci::{Bus, BusCounters, BusOptions, FaultAction, Faults, RetargetRouter, VpciDevice};
@@ -17,6 +17,11 @@ pub const EJECT: Duration = Duration::from_secs(30);
 /// What a guest may take to release a rescinded device. The mana driver of a VF that has gone without warning waits
 /// 30 seconds for an answer.
 const RELEASE: Duration = Duration::from_secs(60);
+
+/// How late answers come that are late: in time, too late for an interrupt, too late for any request.
+const SLOW: Duration = Duration::from_secs(1);
+const LATE: Duration = Duration::from_secs(7);
+const VERY_LATE: Duration = Duration::from_secs(35);
 
 /// All that a virtual PCI bus needs; a rescinded one is not used again.
 pub struct BusMaker {
@@ -86,22 +91,54 @@ impl BusMaker {
         u32::try_from(self.counters.interrupts.live.get()).unwrap_or(u32::MAX)
     }
 
+    /// Lets a request be answered otherwise the next times it comes.
+    pub fn answer(&self, request: PciRequest, how: Answer, times: u32) {
+        let requests: &[_] = match request {
+            PciRequest::Version => &[MessageType::QUERY_PROTOCOL_VERSION],
+            PciRequest::Relations => &[MessageType::QUERY_BUS_RELATIONS],
+            PciRequest::Requirements => &[MessageType::QUERY_RESOURCE_REQUIREMENTS],
+            PciRequest::D0Entry => &[MessageType::BUS_D0_ENTRY],
+            // Which one it is depends on the version.
+            PciRequest::Assigned => &[
+                MessageType::RESOURCES_ASSIGNED,
+                MessageType::RESOURCES_ASSIGNED2,
+            ],
+            PciRequest::CreateInterrupt => &[
+                MessageType::CREATE_INTERRUPT,
+                MessageType::CREATE_INTERRUPT2,
+                MessageType::CREATE_INTERRUPT3,
+            ],
+            PciRequest::ReadBlock => &[MessageType::READ_BLOCK],
+            PciRequest::WriteBlock => &[MessageType::WRITE_BLOCK],
+            PciRequest::D0Exit => &[MessageType::BUS_D0_EXIT],
+        };
+        let action = match how {
+            Answer::Mute => FaultAction::Mute,
+            Answer::Refused => FaultAction::Refuse,
+            Answer::Short => FaultAction::Short,
+            Answer::Long => FaultAction::Long,
+            Answer::Slow => FaultAction::Late(SLOW),
+            Answer::Late => FaultAction::Late(LATE),
+            Answer::VeryLate => FaultAction::Late(VERY_LATE),
+            Answer::Twice => FaultAction::Twice,
+            Answer::Stray => FaultAction::Stray,
+        };
+        for request in requests {
+            self.faults.inject(*request, action, times);
+        }
+    }
+
     /// Lets something go wrong the next times it comes up. Says whether it is a fault of a bus.
     pub fn inject(&self, fault: Fault, times: u32) -> bool {
-        let inject = |request, action| self.faults.inject(request, action, times);
-        let (mute, refuse) = (FaultAction::Mute, FaultAction::Refuse);
-        match fault {
-            Fault::PciVersionUnanswered => inject(MessageType::QUERY_PROTOCOL_VERSION, mute),
-            Fault::PciRelationsUnsent => inject(MessageType::QUERY_BUS_RELATIONS, mute),
-            Fault::PciD0Unanswered => inject(MessageType::BUS_D0_ENTRY, mute),
-            Fault::PciD0Refused => inject(MessageType::BUS_D0_ENTRY, refuse),
-            // Which of the two it is depends on the version.
-            Fault::PciResourcesRefused => {
-                inject(MessageType::RESOURCES_ASSIGNED, refuse);
-                inject(MessageType::RESOURCES_ASSIGNED2, refuse);
-            }
+        let (request, how) = match fault {
+            Fault::PciVersionUnanswered => (PciRequest::Version, Answer::Mute),
+            Fault::PciRelationsUnsent => (PciRequest::Relations, Answer::Mute),
+            Fault::PciD0Unanswered => (PciRequest::D0Entry, Answer::Mute),
+            Fault::PciD0Refused => (PciRequest::D0Entry, Answer::Refused),
+            Fault::PciResourcesRefused => (PciRequest::Assigned, Answer::Refused),
             _ => return false,
-        }
+        };
+        self.answer(request, how, times);
         true
     }
 }

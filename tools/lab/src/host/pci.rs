@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hyperv_wire::vpci::SlotNumber;
-use lab_control::{BusStatus, FunctionStatus, PciAction};
+use lab_control::{unhex, BusStatus, FunctionStatus, PciAction};
 use nvme::{DiskOptions, NvmeDisk, Store};
 use pcitest::TestFunction;
 use vmbus_host::{Counters, Guid, MessageLog, Platform, VmbusHost};
@@ -223,8 +223,32 @@ impl PciBus {
                 true => Ok(()),
                 false => Err("this is no fault of a virtual PCI bus".into()),
             },
+            PciAction::Answer {
+                request,
+                how,
+                times,
+            } => {
+                self.maker.answer(request, how, times);
+                Ok(())
+            }
+            PciAction::Send {
+                ref messages,
+                completion,
+                times,
+            } => self.send(messages, completion, times),
         };
         done.map(|()| None)
+    }
+
+    fn send(&self, messages: &[String], completion: Option<u64>, times: u32) -> Result<(), String> {
+        let messages = messages.iter().map(|message| unhex(message));
+        let messages = messages.collect::<Result<Vec<_>, _>>()?;
+        let device = self.device()?;
+        let mut open = (0..times).flat_map(|_| &messages);
+        match open.all(|message| device.send_raw(completion, message)) {
+            true => Ok(()),
+            false => Err(format!("the guest does not have {} open", self.name())),
+        }
     }
 
     fn function(&self, number: u32) -> Result<&Function, String> {
