@@ -32,6 +32,7 @@ mod odd_hosts;
 mod one_nic;
 #[cfg(test)]
 mod parity;
+mod pci_faults;
 mod pci_messages;
 mod reconfigure;
 mod recorder;
@@ -262,6 +263,11 @@ const SCENARIOS: &[Scenario] = &[
         name: pci_messages::NAME,
         title: "all that hv_pci says to the host, message by message",
         run: pci_messages::run,
+    },
+    Scenario {
+        name: "pci-faults",
+        title: "virtual PCI: wrong answers, nonsense, and functions that go at bad moments",
+        run: pci_faults::run,
     },
     Scenario {
         name: "namespaces",
