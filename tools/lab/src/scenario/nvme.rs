@@ -59,10 +59,10 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     context.check("transfers of 1 MiB, data for later", || disk.write_kept());
     context.check("discarded blocks are zeros", || disk.discard());
 
-    let load = disk.load()?;
-    context.check("the admin interrupt follows its affinity under fio", || {
+    context.check("the admin interrupt follows its affinity", || {
         disk.admin_interrupt()
     });
+    let load = disk.load()?;
     context.check("processors go and come under fio, queues with them", || {
         disk.hotplug()
     });
@@ -339,7 +339,7 @@ impl Disk<'_> {
     /// Starts random writes that are read back, until they are stopped.
     fn load(&self) -> Result<Running<'_>> {
         let command = self.fio(&format!(
-            "--rw=randwrite --bs=4k --iodepth=4 --rate_iops=100 --numjobs={CPUS} --size=1M --offset_increment={REGION}M --verify=crc32c \
+            "--rw=randwrite --bs=4k --iodepth=4 --rate_iops=200 --numjobs={CPUS} --size=1M --offset_increment={REGION}M --verify=crc32c \
              --verify_backlog=32 --time_based --runtime={}",
             LOAD.as_secs()
         ))?;
