@@ -84,7 +84,7 @@ impl Guest {
             guest.write(entry + 8, made.data());
             guest.write(entry + 12, 0);
         }
-        let msix = config + u64::from(guest.read(config + 0x40) >> 8 & 0xff);
+        let msix = config + u64::from((guest.read(config + 0x40) >> 8) & 0xff);
         guest.write(msix, 1 << 31);
         guest
     }

@@ -2,6 +2,7 @@
 //! Virtual PCI buses that do not belong to a NIC, and what is on them.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hyperv_wire::vpci::SlotNumber;
@@ -210,8 +211,13 @@ impl PciBus {
             PciAction::Config { function } => {
                 let slot = self.present(function)?.slot;
                 let config = self.device()?.bus().config(slot);
-                let digits =
-                    |bytes: Vec<u8>| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                let digits = |bytes: Vec<u8>| {
+                    bytes.iter().fold(String::new(), |mut text, byte| {
+                        // Writing to a string does not fail.
+                        let _ = write!(text, "{byte:02x}");
+                        text
+                    })
+                };
                 return Ok(config.map(digits));
             }
             PciAction::Invalidate { function, mask } => {
