@@ -44,10 +44,18 @@ const SHARED_VECTOR: u8 = 32;
 /// What the kernel gives an interrupt that is not yet in use.
 const RESERVED_VECTOR: u8 = 0xef;
 
+/// The interrupts of a function: what they are called, and how the driver for tests asks for them.
+const VECTORS: [(&str, &str); 4] = [
+    ("MSI", "msi 1 1"),
+    ("4 MSIs", "msi 4 4"),
+    ("32 MSIs", "msi 32 32"),
+    ("MSI-X", "msix 3 3"),
+];
+
 /// Differences that are to stay.
 pub const KEPT: &[Kept] = &[
     Kept {
-        place: "vf-1.[1-4]/(VF: probe|suspend and resume)",
+        place: "(vf|other)-1.[1-4]/(VF: probe|suspend and resume|MSI|MSI-X)",
         stock: &[
             "guest 0 CREATE_INTERRUPT[23]? vector=reserved .*",
             "guest 0 DELETE_INTERRUPT .*",
@@ -83,7 +91,7 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     });
     let bus = |number: usize| format!("e9ac9b28-{:04x}-4466-9ae3-4b849c3ee03b", 0x7a00 + number);
     let buses = VERSIONS.iter().enumerate().map(|(number, version)| {
-        let functions = "slot=2,bar0=64K,msix=2+slot=3,bar0=64K,add=later";
+        let functions = "slot=2,bar0=64K,msi=32,msix=3+slot=3,bar0=64K,add=later";
         format!(
             "bus={},version={version},offer=later,{functions}",
             bus(number)
@@ -108,7 +116,7 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     let each = |act: &dyn Fn(&Nic) -> Result<()>| nics.iter().try_for_each(act);
 
     // Drivers of functions come when they are told to.
-    guest.sh("modprobe mana && echo 0 >/sys/bus/pci/drivers_autoprobe")?;
+    guest.sh("modprobe -a mana pci_test && echo 0 >/sys/bus/pci/drivers_autoprobe")?;
     context.check("buses are probed and scanned", || {
         recorder.action(&vfs, "probe", QUIET, || {
             each(&|nic| guest.host.add_vf(nic))?;
@@ -167,6 +175,32 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         all("add again", PciAction::Add { function: 1 }, &[2, 3])?;
         all("eject one of two", PciAction::Eject { function: 1 }, &[2])
     });
+    context.check(
+        "MSI, several MSIs at once and MSI-X are set up and move",
+        || {
+            let driver = |trace: usize| {
+                let function = format!("{:04x}:00:02.0", 0x7a00 + trace - count);
+                format!("echo {function} >/sys/bus/pci/drivers/pci_test/bind")
+            };
+            recorder.phases(&others, "bind a driver", driver, QUIET)?;
+            for (name, vectors) in VECTORS {
+                let steps = [
+                    (name.to_owned(), format!("vectors {vectors}")),
+                    (format!("{MOVES}1: {name}"), "pin 1".to_owned()),
+                    (format!("{MOVES}0: {name}"), "pin 0".to_owned()),
+                    (format!("{name}: free"), "free".to_owned()),
+                ];
+                for (step, command) in steps {
+                    let command = |trace: usize| {
+                        let folder = format!("{:04x}:00:02.0", 0x7a00 + trace - count);
+                        format!("echo {command} >/sys/kernel/debug/pci_test/{folder}/do")
+                    };
+                    recorder.phases(&others, &step, command, QUIET)?;
+                }
+            }
+            Ok(())
+        },
+    );
     context.check("buses are removed and come back", || {
         for what in ["unbind", "bind"] {
             let command = |trace: usize| {
