@@ -212,7 +212,7 @@ static u32 received(struct test *test, int vector)
  */
 static int affinity(struct test *test, int times, u32 seed)
 {
-	int i, vector, waited = 0, moved = 0, refused = 0;
+	int i, vector, waited, moved = 0, refused = 0;
 	u32 *seen __free(kvfree) = NULL;
 	struct rnd_state random;
 	unsigned int cpu;
@@ -227,6 +227,7 @@ static int affinity(struct test *test, int times, u32 seed)
 	prandom_seed_state(&random, seed);
 	for (i = 0; i < times; i++) {
 		vector = i % test->requested;
+		waited = 0;
 		while (received(test, vector) == seen[vector]) {
 			if (++waited > IDLE_MS / 2 || signal_pending(current))
 				return -ETIMEDOUT;

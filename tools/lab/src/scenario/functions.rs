@@ -311,9 +311,8 @@ fn interrupts(context: &mut Context<'_>, functions: &[Function<'_>], measure: &M
             let retargeted = || counter(guest, "pci0.interrupts.retargeted");
             let (before, sent) = (retargeted()?, msix.check()?);
             msix.command("rate 0 64 25")?;
-            let parts = 10;
-            for seed in 0..parts {
-                let moves = measure.moves / parts;
+            let moves = 1000;
+            for seed in 0..measure.moves / moves {
                 msix.expect(
                     &format!("affinity {moves} {seed}"),
                     &format!("moved={moves} refused=0"),
