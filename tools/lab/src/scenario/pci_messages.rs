@@ -45,11 +45,11 @@ const SHARED_VECTOR: u8 = 32;
 const RESERVED_VECTOR: u8 = 0xef;
 
 /// The interrupts of a function: what they are called, and how the driver for tests asks for them.
-const VECTORS: [(&str, &str); 4] = [
-    ("MSI", "msi 1 1"),
-    ("4 MSIs", "msi 4 4"),
-    ("32 MSIs", "msi 32 32"),
-    ("MSI-X", "msix 3 3"),
+const VECTORS: [(&str, &str, u32); 4] = [
+    ("MSI", "msi", 1),
+    ("4 MSIs", "msi", 4),
+    ("32 MSIs", "msi", 32),
+    ("MSI-X", "msix", 3),
 ];
 
 /// Differences that are to stay.
@@ -183,9 +183,12 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
                 format!("echo {function} >/sys/bus/pci/drivers/pci_test/bind")
             };
             recorder.phases(&others, "bind a driver", driver, QUIET)?;
-            for (name, vectors) in VECTORS {
+            for (name, kind, vectors) in VECTORS {
                 let steps = [
-                    (name.to_owned(), format!("vectors {vectors}")),
+                    (
+                        name.to_owned(),
+                        format!("vectors {kind} {vectors} {vectors}"),
+                    ),
                     (format!("{MOVES}1: {name}"), "pin 1".to_owned()),
                     (format!("{MOVES}0: {name}"), "pin 0".to_owned()),
                     (format!("{name}: free"), "free".to_owned()),
