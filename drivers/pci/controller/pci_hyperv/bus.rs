@@ -80,6 +80,8 @@ pub(crate) struct Child {
     pub(crate) assigned: Atomic<bool>,
     /// The host wants the function back.
     ejecting: Atomic<bool>,
+    /// The host has taken the function away.
+    pub(crate) gone: Atomic<bool>,
     /// The entry in `/sys/bus/pci/slots`.
     #[pin]
     pub(crate) slot: Mutex<Option<Slot>>,
@@ -97,6 +99,7 @@ impl Child {
                 bars,
                 assigned: Atomic::new(false),
                 ejecting: Atomic::new(false),
+                gone: Atomic::new(false),
                 slot <- new_mutex!(None),
                 invalidate <- new_spinlock_irq!(None),
             }),

@@ -15,7 +15,11 @@ use kernel::{
     device,
     io::Io,
     prelude::*,
-    sync::aref::ARef, //
+    sync::{
+        aref::ARef,
+        atomic::Relaxed,
+        Arc, //
+    }, //
 };
 use pci_host::{
     hypercall,
@@ -247,6 +251,13 @@ impl Bus {
         }
     }
 
+    /// The function, unless the host has taken it away. Its driver may still have it, and has to see at once that it
+    /// is gone, also from the ids, which the host would not be asked for.
+    fn reachable(&self, devfn: u8) -> Option<Arc<Child>> {
+        let child = self.child(SlotNumber::from_devfn(devfn))?;
+        (!child.gone.load(Relaxed) && !self.dev.is_rescinded()).then_some(child)
+    }
+
     /// Whether the host still shows the function. It does not show one that it took away.
     pub(crate) fn is_present(&self, child: &Child) -> bool {
         const NO_VENDOR: u32 = 0xffff;
@@ -259,12 +270,12 @@ impl Bus {
 
 impl ConfigOps for Bus {
     fn read(&self, devfn: u8, offset: u16, width: Width) -> Option<u32> {
-        let child = self.child(SlotNumber::from_devfn(devfn))?;
+        let child = self.reachable(devfn)?;
         Some(self.read_config(&child, offset, width))
     }
 
     fn write(&self, devfn: u8, offset: u16, width: Width, value: u32) -> Option<()> {
-        let child = self.child(SlotNumber::from_devfn(devfn))?;
+        let child = self.reachable(devfn)?;
         self.write_config(&child, offset, width, value);
         Some(())
     }

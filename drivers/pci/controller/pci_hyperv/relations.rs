@@ -10,7 +10,10 @@ use hyperv_wire::vpci::Function;
 use kernel::{
     prelude::*,
     str::CString,
-    sync::Arc, //
+    sync::{
+        atomic::Relaxed,
+        Arc, //
+    }, //
 };
 use pci_host::{
     RescanLock,
@@ -83,9 +86,10 @@ impl Bus {
             next.push(child, GFP_KERNEL)?;
         }
 
-        // While they can still be talked to, take those away that are not listed any more.
+        // Take those away that are not listed any more.
         for child in &current {
             if !next.iter().any(|c| Arc::ptr_eq(c, child)) {
+                child.gone.store(true, Relaxed);
                 self.remove_child_device(state, child);
             }
         }
