@@ -9,6 +9,7 @@
 #   image/      the unpacked image packages: vmlinuz and the stock modules
 #   scripts/    checkpatch.pl and what it reads
 #   selftests/  the kernel's tests of network drivers, and what they are made of
+#   stock/      source of the kernel's hv_pci, which the image has built in
 #
 # usage: kernel-tree.sh [--update]
 #
@@ -18,7 +19,7 @@
 
 . "$(dirname "$0")/common.sh"
 
-# The series whose internal Rust interfaces the modules are written for.
+# The series that is built and tested for if nothing else is said.
 series=7.2
 
 update=no
@@ -205,6 +206,8 @@ assemble() {
 	cp "$tmp/source/.clippy.toml" "$tmp/source/.rustfmt.toml" "$tmp/common/"
 	cp "$tmp"/source/scripts/{checkpatch.pl,spelling.txt,const_structs.checkpatch} "$tmp/scripts/"
 	selftests
+	mkdir "$tmp/stock"
+	cp "$tmp/source/drivers/pci/controller/pci-hyperv.c" "$tmp/stock/"
 	rm -rf "$tmp/source"
 	echo "$release" >"$tmp/release"
 }
