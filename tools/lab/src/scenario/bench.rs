@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The benchmark: both driver sets by turns in one guest, figure by figure.
 
+mod bus;
 mod count;
 mod measure;
 mod module;
@@ -195,6 +196,7 @@ impl Bench<'_> {
     fn guest(&mut self, cpus: u32, measures: &[&'static Measure], folder: &Path) -> Result<()> {
         let boot = Boot {
             cpus,
+            pci: vec![bus::SPEC.to_owned()],
             ..Boot::new(vec![Nic::new(0)])
         };
         let mut guest = Guest::boot(self.lab, Drivers::Rust, &boot, folder)?;
@@ -220,10 +222,16 @@ impl Bench<'_> {
                     self.options.rounds()
                 ));
                 swap(&guest, drivers)?;
-                let (vf, synthetic): (Vec<_>, Vec<_>) = measures
-                    .iter()
-                    .partition(|measure| measure.setting == Setting::Vf);
+                let of = |wanted: fn(Setting) -> bool| -> Vec<_> {
+                    let here = measures.iter().filter(|measure| wanted(measure.setting));
+                    here.copied().collect()
+                };
+                let (bus, vf) = (of(|s| s == Setting::Bus), of(|s| s == Setting::Vf));
+                let synthetic = of(|s| s != Setting::Bus && s != Setting::Vf);
                 self.take(&guest, drivers, &synthetic);
+                if !bus.is_empty() {
+                    bus::with(&guest, drivers, || self.take(&guest, drivers, &bus))?;
+                }
                 if !vf.is_empty() {
                     guest.host.add_vf(&nic)?;
                     bonded(&guest, &nic)?;

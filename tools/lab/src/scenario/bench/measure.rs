@@ -4,7 +4,7 @@
 use super::super::guest::Guest;
 use super::super::{ensure, Drivers, Result};
 use super::report::{Better, Value};
-use super::{module, packets, streams, vf, Bench};
+use super::{bus, module, packets, streams, vf, Bench};
 
 /// What the guest must be like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +15,8 @@ pub enum Setting {
     Vf,
     /// Two processors, so two queues; no VF.
     Queues,
+    /// One processor, a virtual PCI bus that is not the VF's.
+    Bus,
 }
 
 /// A measurement, which may give several figures.
@@ -45,10 +47,10 @@ impl Measure {
     }
 }
 
-use Setting::{Queues, Synthetic, Vf};
+use Setting::{Bus, Queues, Synthetic, Vf};
 
 /// All of them, in the order in which they are taken.
-const MEASURES: [Measure; 18] = [
+const MEASURES: [Measure; 20] = [
     Measure::new(
         Synthetic,
         "instructions.tx",
@@ -133,6 +135,18 @@ const MEASURES: [Measure; 18] = [
         "switch",
         "data path switched: longest gap, packets lost",
         vf::switch,
+    ),
+    Measure::new(
+        Bus,
+        "bus.probe",
+        "time that hv_pci takes to show the function on a bus",
+        bus::probe,
+    ),
+    Measure::new(
+        Bus,
+        "bus.vectors",
+        "time that 64 interrupts of a function take, and what the host does for them",
+        bus::vectors,
     ),
     Measure::new(
         Queues,
