@@ -9,10 +9,10 @@ use super::traffic::Link;
 use super::vf::bonded;
 use super::{Context, Drivers, Result};
 
-/// Of the PCI driver, idle, under load and without VF.
-const PCI_ROUNDS: usize = 50;
-/// Of those.
-const WITHOUT_VF: usize = 10;
+/// Rounds of the PCI driver with a VF, and whether under load.
+const PCI_WITH_VF: [(bool, usize); 2] = [(false, 20), (true, 20)];
+/// And without a VF.
+const PCI_WITHOUT_VF: usize = 10;
 
 pub fn run(context: &mut Context<'_>) -> Result<()> {
     let lab = context.lab();
@@ -52,7 +52,7 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         // It is built in: its device is unbound and bound, which is the most it can do.
         Drivers::C => "hv_pci unbound and bound",
     };
-    for (load, rounds) in [(false, PCI_ROUNDS - 20 - WITHOUT_VF), (true, 20)] {
+    for (load, rounds) in PCI_WITH_VF {
         let name = format!(
             "{module} {rounds} times with VF, {}",
             if load { "under load" } else { "idle" }
@@ -67,10 +67,10 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
             link.pings()
         });
     }
-    let name = format!("{module} {WITHOUT_VF} times without VF, then with one");
+    let name = format!("{module} {PCI_WITHOUT_VF} times without VF, then with one");
     context.check(&name, || {
         guest.host.remove_vf(&nic)?;
-        for round in 1..=WITHOUT_VF {
+        for round in 1..=PCI_WITHOUT_VF {
             unload_pci(&guest)
                 .and_then(|()| load_pci(&guest, &nic))
                 .map_err(|error| format!("round {round}: {error}"))?;
