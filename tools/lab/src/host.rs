@@ -58,6 +58,7 @@ struct Router {
     retarget: Arc<RetargetRouter>,
     log: Arc<MessageLog>,
     refused: Counter,
+    mmio: Counter,
 }
 
 impl Hypercalls for Router {
@@ -71,6 +72,10 @@ impl Hypercalls for Router {
 
     fn retarget_device_interrupt(&self, input: &[u8]) -> u16 {
         self.retarget.retarget(input)
+    }
+
+    fn mmio_accessed(&self) {
+        self.mmio.inc();
     }
 
     fn retarget_refused(&self, status: u16) {
@@ -159,6 +164,7 @@ impl Host {
             retarget: self.devices.retarget.clone(),
             log: self.devices.log.clone(),
             refused: self.devices.counters.counter("retarget.refused"),
+            mmio: self.devices.counters.counter("hypercalls.mmio"),
         })
     }
 

@@ -104,6 +104,9 @@ pub struct Args {
     /// Isolate the guest's memory from the host, but for what it shares
     #[arg(long)]
     pub isolated: bool,
+    /// Tell the guest to access configuration space by hypercalls
+    #[arg(long)]
+    pub mmio_hypercalls: bool,
     /// Words to add to the guest's kernel command line
     #[arg(
         long,
@@ -205,6 +208,9 @@ impl Args {
         }
         if self.isolated {
             args.push("--isolated".to_owned());
+        }
+        if self.mmio_hypercalls {
+            args.push("--mmio-hypercalls".to_owned());
         }
         args.extend(self.host.to_args());
         let mut env = Vec::new();
@@ -371,6 +377,7 @@ pub fn run(args: &Args) -> Result<i32> {
         nodes: args.nodes,
         pmem: args.pmem.clone(),
         isolated: args.isolated,
+        mmio_hypercalls: args.mmio_hypercalls,
         console,
         agent: args.agent.clone(),
         low_mmio: beginning(LOW_MMIO, args.low_mmio),

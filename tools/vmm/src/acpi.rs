@@ -306,7 +306,7 @@ fn srat(config: &Config) -> Vec<u8> {
     let mut body = vec![1, 0, 0, 0];
     body.extend([0; 8]);
     for cpu in 0..config.cpus {
-        let node = u64::from(cpu) * nodes / u64::from(config.cpus);
+        let node = cpu / crate::node_size(config.cpus, config.nodes);
         // Local APIC, enabled; the node's other bytes are zero.
         body.extend([0, 16, node as u8, cpu as u8]);
         body.extend(1u32.to_le_bytes());

@@ -34,6 +34,7 @@ const CRASH_MSRS: u32 = 1 << 10;
 const DIRECT_STIMERS: u32 = 1 << 19;
 // Leaf 0x40000004, EAX: recommendations.
 const RELAXED_TIMING: u32 = 1 << 5;
+const MMIO_HYPERCALLS: u32 = 1 << 21;
 
 // Leaf 0x4000000c, EBX: isolation by virtualisation-based security, without a paravisor; shared memory is
 // accessed at addresses with a bit of their own.
@@ -56,10 +57,14 @@ const POWER_EDX_INVARIANT_TSC: u32 = 1 << 8;
 pub struct Config {
     /// Virtual processors.
     pub cpus: u32,
+    /// APIC ids of a package.
+    pub package: u32,
     /// KVM has the TSC deadline timer.
     pub tsc_deadline: bool,
     /// The guest's memory is isolated from the host.
     pub isolated: bool,
+    /// The guest is to access MMIO by hypercalls where it can.
+    pub mmio_hypercalls: bool,
 }
 
 fn words(text: &[u8; 12]) -> [u32; 3] {
@@ -78,7 +83,8 @@ fn entry(function: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
 }
 
 /// Hyper-V's leaves. `invariant_tsc`: the processor's time stamp counter never stops.
-fn hyperv(invariant_tsc: bool, isolated: bool) -> Vec<kvm_cpuid_entry2> {
+fn hyperv(invariant_tsc: bool, config: Config) -> Vec<kvm_cpuid_entry2> {
+    let isolated = config.isolated;
     let [ebx, ecx, edx] = words(b"Microsoft Hv");
     let mut privileges = VP_RUNTIME
         | TIME_REF_COUNT
@@ -97,6 +103,10 @@ fn hyperv(invariant_tsc: bool, isolated: bool) -> Vec<kvm_cpuid_entry2> {
     if isolated {
         rights |= ISOLATION;
     }
+    let mut recommendations = RELAXED_TIMING;
+    if config.mmio_hypercalls {
+        recommendations |= MMIO_HYPERCALLS;
+    }
     let last = HYPERVISOR_BASE + if isolated { 0xc } else { 6 };
     let mut entries = vec![
         entry(HYPERVISOR_BASE, [last, ebx, ecx, edx]),
@@ -114,7 +124,7 @@ fn hyperv(invariant_tsc: bool, isolated: bool) -> Vec<kvm_cpuid_entry2> {
         ),
         // No recommendation to deprecate auto-EOI: it saves the guest an exit an interrupt. The spin-wait
         // field says never to notify.
-        entry(HYPERVISOR_BASE + 4, [RELAXED_TIMING, u32::MAX, 0, 0]),
+        entry(HYPERVISOR_BASE + 4, [recommendations, u32::MAX, 0, 0]),
         entry(HYPERVISOR_BASE + 5, [MAX_VPS, MAX_VPS, 0, 0]),
         entry(HYPERVISOR_BASE + 6, [0, 0, 0, 0]),
     ];
@@ -127,14 +137,11 @@ fn hyperv(invariant_tsc: bool, isolated: bool) -> Vec<kvm_cpuid_entry2> {
     entries
 }
 
-/// Number of APIC id bits that count processors within the package.
-fn package_shift(cpus: u32) -> u32 {
-    cpus.next_power_of_two().trailing_zeros()
-}
-
 /// Adapts what KVM supports to the processor with APIC id `id`.
 fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, config: Config, id: u32) {
-    let shift = package_shift(config.cpus);
+    // APIC id bits that count processors within the package.
+    let shift = config.package.trailing_zeros();
+    let in_package = config.cpus.min(config.package);
     entries.retain(|entry| {
         !(HYPERVISOR_BASE..HYPERVISOR_END).contains(&entry.function)
             // Topology is built below.
@@ -161,7 +168,7 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, config: Config, id: u32) {
                 entry.eax = entry.eax & 0x3fff | (sharing << 14) | (((1 << shift) - 1) << 26);
             }
             // AMD's count of cores and width of the core id.
-            LEAF_SIZES => entry.ecx = (config.cpus - 1) | (shift << 12),
+            LEAF_SIZES => entry.ecx = (in_package - 1) | (shift << 12),
             // AMD's caches, the same way as Intel's.
             0x8000_001d if entry.eax & 0x1f != 0 => {
                 let level = (entry.eax >> 5) & 7;
@@ -170,9 +177,9 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, config: Config, id: u32) {
             }
             0x8000_001e => {
                 entry.eax = id;
-                // One thread a core, one node.
+                // One thread a core, one node a package.
                 entry.ebx = id;
-                entry.ecx = 0;
+                entry.ecx = id >> shift;
             }
             _ => {}
         }
@@ -185,7 +192,7 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, config: Config, id: u32) {
         // Threads, then cores, then the end.
         let levels = [
             [0, 1, 0x100, id],
-            [shift, config.cpus, 0x201, id],
+            [shift, in_package, 0x201, id],
             [0, 0, 2, id],
         ];
         for (index, registers) in levels.into_iter().enumerate() {
@@ -199,7 +206,7 @@ fn adapt(entries: &mut Vec<kvm_cpuid_entry2>, config: Config, id: u32) {
     let invariant_tsc = entries
         .iter()
         .any(|entry| entry.function == LEAF_POWER && entry.edx & POWER_EDX_INVARIANT_TSC != 0);
-    entries.extend(hyperv(invariant_tsc, config.isolated));
+    entries.extend(hyperv(invariant_tsc, config));
 }
 
 /// Why a guest cannot be isolated with what KVM supports.
@@ -257,8 +264,10 @@ mod tests {
     fn adapted(cpus: u32, id: u32) -> Vec<kvm_cpuid_entry2> {
         let config = Config {
             cpus,
+            package: crate::node_size(cpus, 1),
             tsc_deadline: true,
             isolated: false,
+            mmio_hypercalls: false,
         };
         let mut entries = host();
         adapt(&mut entries, config, id);
@@ -292,8 +301,10 @@ mod tests {
         entries[5].edx = POWER_EDX_INVARIANT_TSC;
         let config = Config {
             cpus: 1,
+            package: 1,
             tsc_deadline: false,
             isolated: false,
+            mmio_hypercalls: false,
         };
         adapt(&mut entries, config, 0);
         assert!(leaf(&entries, 0x4000_0003, 0)[0] & TSC_INVARIANT != 0);
@@ -304,8 +315,10 @@ mod tests {
     fn isolation_is_announced() {
         let config = Config {
             cpus: 1,
+            package: 1,
             tsc_deadline: true,
             isolated: true,
+            mmio_hypercalls: false,
         };
         let mut entries = host();
         adapt(&mut entries, config, 0);

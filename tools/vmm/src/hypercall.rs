@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Hypercalls: the calling convention, the three calls the VMBus and the virtual PCI bus need, and the one by which an
+//! Hypercalls: the calling convention, the calls that the VMBus and the virtual PCI bus need, and the one by which an
 //! isolated guest shares memory.
 //!
 //! KVM would answer them itself, and most of them wrongly for us, if it knew that the guest has enabled
@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use crate::isolation::Isolation;
 use crate::layout::HYPERCALL_PORT;
+use crate::mmio::MmioBus;
 
 /// Who does what the guest asks for. Each call gives a hypercall status, zero for success.
 ///
@@ -23,6 +24,8 @@ pub trait Hypercalls: Send + Sync {
     fn signal_event(&self, connection: u32, flag: u16) -> u16;
     /// `HvRetargetDeviceInterrupt`: its input, with the variable header.
     fn retarget_device_interrupt(&self, input: &[u8]) -> u16;
+    /// MMIO was accessed by `HvMemoryMappedIoRead` or `HvMemoryMappedIoWrite`.
+    fn mmio_accessed(&self);
     /// `HvRetargetDeviceInterrupt` is answered with this status, and has not been carried out.
     fn retarget_refused(&self, status: u16);
 }
@@ -37,6 +40,10 @@ const VISIBILITY_HEADER: usize = 16;
 /// Host visibility: none, and read and write. Only reading, the one between, is not offered.
 const NOT_VISIBLE: u32 = 0;
 const VISIBLE_READ_WRITE: u32 = 3;
+/// Input of an access to MMIO before the data: address, size, reserved.
+const MMIO_HEADER: usize = 16;
+/// Bytes of data there.
+const MMIO_DATA: usize = 64;
 /// Input never crosses a page.
 const PAGE: u64 = 4096;
 
@@ -75,6 +82,7 @@ pub(crate) fn dispatch(
     registers: Registers,
     memory: &GuestMemoryMmap,
     isolation: &Isolation,
+    mmio: Option<&MmioBus>,
     handler: &dyn Hypercalls,
 ) -> u64 {
     let result = match registers.control().code() {
@@ -83,7 +91,11 @@ pub(crate) fn dispatch(
             return modify_visibility(registers, memory, isolation)
         }
         // None of these is a rep call.
-        code::POST_MESSAGE | code::SIGNAL_EVENT | code::RETARGET_INTERRUPT
+        code::POST_MESSAGE
+        | code::SIGNAL_EVENT
+        | code::RETARGET_INTERRUPT
+        | code::MMIO_READ
+        | code::MMIO_WRITE
             if registers.rep_count() != 0 =>
         {
             status::INVALID_HYPERCALL_INPUT
@@ -91,6 +103,11 @@ pub(crate) fn dispatch(
         code::POST_MESSAGE => post_message(registers, memory, handler),
         code::SIGNAL_EVENT => signal_event(registers, memory, handler),
         code::RETARGET_INTERRUPT => retarget(registers, memory, handler),
+        code::MMIO_READ | code::MMIO_WRITE if mmio.is_some() => {
+            let result = mmio.map_or(Ok(()), |mmio| access_mmio(registers, memory, mmio));
+            handler.mmio_accessed();
+            result.err().unwrap_or(status::SUCCESS)
+        }
         _ => status::INVALID_HYPERCALL_CODE,
     };
     if registers.control().code() == code::RETARGET_INTERRUPT && result != status::SUCCESS {
@@ -199,6 +216,34 @@ fn signal_event(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hy
     handler.signal_event(le32(&input, 0), flag)
 }
 
+fn access_mmio(registers: Registers, memory: &GuestMemoryMmap, mmio: &MmioBus) -> Result<(), u16> {
+    let write = registers.control().code() == code::MMIO_WRITE;
+    if registers.control().is_fast() || registers.variable_header() != 0 {
+        return Err(status::INVALID_HYPERCALL_INPUT);
+    }
+    let mut input = [0; MMIO_HEADER + MMIO_DATA];
+    let len = MMIO_HEADER + if write { MMIO_DATA } else { 0 };
+    read_input(registers, memory, &mut input[..len])?;
+    let address = u64::from(le32(&input, 0)) | (u64::from(le32(&input, 4)) << 32);
+    let size = le32(&input, 8) as usize;
+    // The kernel's own driver leaves in the reserved word what was there.
+    if !matches!(size, 1 | 2 | 4 | 8) {
+        return Err(status::INVALID_PARAMETER);
+    }
+    let data = &mut input[MMIO_HEADER..][..size];
+    if write {
+        mmio.write(address, data);
+        return Ok(());
+    }
+    if registers.output % 8 != 0 {
+        return Err(status::INVALID_ALIGNMENT);
+    }
+    mmio.read(address, data);
+    memory
+        .write_slice(data, GuestAddress(registers.output))
+        .map_err(|_| status::INVALID_HYPERCALL_INPUT)
+}
+
 fn retarget(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hypercalls) -> u16 {
     if registers.control().is_fast() {
         return status::INVALID_HYPERCALL_INPUT;
@@ -213,7 +258,7 @@ fn retarget(registers: Registers, memory: &GuestMemoryMmap, handler: &dyn Hyperc
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
+    use std::sync::{Arc, Mutex};
 
     #[derive(Debug, PartialEq, Eq)]
     enum Call {
@@ -221,6 +266,7 @@ mod tests {
         Signal(u32, u16),
         Retarget(Vec<u8>),
         Refused(u16),
+        Mmio,
     }
 
     #[derive(Default)]
@@ -242,6 +288,9 @@ mod tests {
         }
         fn retarget_device_interrupt(&self, input: &[u8]) -> u16 {
             self.record(Call::Retarget(input.to_vec()))
+        }
+        fn mmio_accessed(&self) {
+            self.record(Call::Mmio);
         }
         fn retarget_refused(&self, status: u16) {
             self.record(Call::Refused(status));
@@ -266,7 +315,7 @@ mod tests {
                 input: 0x1000,
                 output: 0,
             };
-            dispatch(registers, &memory, &isolation, &Recorder::default())
+            dispatch(registers, &memory, &isolation, None, &Recorder::default())
         };
         let reps = |start: u64, count: u64| (start << 48) | (count << 32);
         assert_eq!(change(3, &[1, 2, 3], reps(0, 3)), 3 << 32);
@@ -288,8 +337,59 @@ mod tests {
             input,
             output: 0,
         };
-        let rax = dispatch(registers, memory, &Isolation::new(false), &handler);
+        let rax = dispatch(registers, memory, &Isolation::new(false), None, &handler);
         (rax, handler.0.into_inner().unwrap())
+    }
+
+    #[test]
+    fn mmio_is_accessed_where_that_is_offered() {
+        struct Register(Mutex<u32>);
+        impl crate::mmio::MmioDevice for Register {
+            fn read(&self, offset: u64, data: &mut [u8]) {
+                let value = self.0.lock().unwrap().to_le_bytes();
+                data.copy_from_slice(&value[offset as usize..][..data.len()]);
+            }
+            fn write(&self, _: u64, data: &[u8]) {
+                *self.0.lock().unwrap() = u32::from_le_bytes(data.try_into().unwrap());
+            }
+        }
+        let memory = memory();
+        let mmio = MmioBus::new();
+        mmio.insert(0xf000_0000, 4, Arc::new(Register(Mutex::new(0))))
+            .unwrap();
+        let access = |code: u16, address: u64, size: u32, data: u32, mmio: Option<&MmioBus>| {
+            let mut input = address.to_le_bytes().to_vec();
+            input.extend(size.to_le_bytes());
+            input.extend([0; 4]);
+            input.extend(data.to_le_bytes());
+            memory.write_slice(&input, GuestAddress(0x1000)).unwrap();
+            let registers = Registers {
+                control: code.into(),
+                input: 0x1000,
+                output: 0x2000,
+            };
+            let handler = Recorder::default();
+            let rax = dispatch(registers, &memory, &Isolation::new(false), mmio, &handler);
+            let calls = handler.0.into_inner().unwrap();
+            let read: u32 = memory.read_obj(GuestAddress(0x2000)).unwrap();
+            (rax, read, calls)
+        };
+        let mmio = Some(&mmio);
+        let called = || vec![Call::Mmio];
+        let write = access(code::MMIO_WRITE, 0xf000_0000, 4, 0x1234_5678, mmio);
+        assert_eq!((write.0, write.2), (0, called()));
+        let read = access(code::MMIO_READ, 0xf000_0002, 2, 0, mmio);
+        assert_eq!(read, (0, 0x1234, called()));
+        // Nobody is there.
+        let read = access(code::MMIO_READ, 0xe000_0000, 4, 0, mmio);
+        assert_eq!(read, (0, u32::MAX, called()));
+        for size in [0, 3, 16, u32::MAX] {
+            let (rax, ..) = access(code::MMIO_READ, 0xf000_0000, size, 0, mmio);
+            assert_eq!(rax, u64::from(status::INVALID_PARAMETER));
+        }
+        let (rax, _, calls) = access(code::MMIO_READ, 0xf000_0000, 4, 0, None);
+        assert_eq!(rax, u64::from(status::INVALID_HYPERCALL_CODE));
+        assert!(calls.is_empty());
     }
 
     fn message(size: u32) -> Vec<u8> {

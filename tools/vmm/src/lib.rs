@@ -159,6 +159,8 @@ pub struct Config {
     pub pmem: Option<PathBuf>,
     /// Whether the guest's memory is isolated from the host, as by virtualisation-based security.
     pub isolated: bool,
+    /// Whether the guest is to access MMIO by hypercalls where it can.
+    pub mmio_hypercalls: bool,
     /// First serial port.
     pub console: Console,
     /// Unix socket to which the second serial port is connected.
@@ -167,6 +169,11 @@ pub struct Config {
     pub low_mmio: Window,
     /// MMIO window of the VMBus above 4 GiB.
     pub high_mmio: Window,
+}
+
+/// APIC ids of a NUMA node, which is a package.
+fn node_size(cpus: u32, nodes: u32) -> u32 {
+    cpus.div_ceil(nodes).next_power_of_two()
 }
 
 /// The usual low window.
@@ -220,6 +227,7 @@ pub struct Machine {
     ports: ports::Ports,
     mmio: Arc<MmioBus>,
     isolation: isolation::Isolation,
+    mmio_hypercalls: bool,
     stop: Arc<serial::Stop>,
 }
 
@@ -358,6 +366,7 @@ impl Vm {
             memory,
             cpus: config.cpus,
             isolation: isolation::Isolation::new(config.isolated),
+            mmio_hypercalls: config.mmio_hypercalls,
             stop,
         });
 
@@ -371,8 +380,10 @@ impl Vm {
         }
         let cpuid_config = cpuid::Config {
             cpus: config.cpus,
+            package: node_size(config.cpus, config.nodes),
             tsc_deadline: kvm_fd.check_extension(Cap::TscDeadlineTimer),
             isolated: config.isolated,
+            mmio_hypercalls: config.mmio_hypercalls,
         };
         let mut vcpus = Vec::new();
         for vp in 0..config.cpus {

@@ -228,6 +228,10 @@ fn hypercall(guest: &Guest, fd: &mut VcpuFd) {
         },
         &guest.machine.memory,
         &guest.machine.isolation,
+        guest
+            .machine
+            .mmio_hypercalls
+            .then_some(&*guest.machine.mmio),
         &*guest.hypercalls,
     );
     fd.sync_regs_mut().regs.rax = rax;

@@ -80,16 +80,20 @@ pub fn run_long(context: &mut Context<'_>) -> Result<()> {
     scenario(context, &FULL)
 }
 
-/// A function of the first bus.
+/// A function.
 #[derive(Clone, Copy)]
-struct Function<'a> {
-    guest: &'a Guest,
-    number: u32,
+pub struct Function<'a> {
+    /// The guest that has it.
+    pub guest: &'a Guest,
+    /// Its domain there.
+    pub domain: u16,
+    /// Its device number.
+    pub number: u32,
 }
 
 impl Function<'_> {
     fn address(&self) -> String {
-        format!("7a00:00:{:02x}.0", self.number)
+        format!("{:04x}:00:{:02x}.0", self.domain, self.number)
     }
 
     fn file(&self, name: &str) -> String {
@@ -108,7 +112,7 @@ impl Function<'_> {
     }
 
     /// Gives a command, whose result must be this.
-    fn expect(&self, command: &str, expected: &str) -> Result<()> {
+    pub fn expect(&self, command: &str, expected: &str) -> Result<()> {
         let result = self.command(command)?;
         ensure(result.trim_end() == expected, || {
             format!("{command}: {}", result.trim_end())
@@ -166,6 +170,7 @@ fn scenario(context: &mut Context<'_>, measure: &Measure) -> Result<()> {
     })?;
     let functions = [0, 1].map(|number| Function {
         guest: &guest,
+        domain: 0x7a00,
         number,
     });
     context.check("both functions have their driver", || {
@@ -376,7 +381,7 @@ fn interrupts(context: &mut Context<'_>, functions: &[Function<'_>], measure: &M
 }
 
 /// Sends all vectors to a processor and lets each fire three times there.
-fn pinned(function: &Function<'_>, cpu: usize, vectors: u64) -> Result<()> {
+pub fn pinned(function: &Function<'_>, cpu: usize, vectors: u64) -> Result<()> {
     // An interrupt moves when it comes the next time.
     function.command(&format!("pin {cpu}"))?;
     function.command(&format!("fire 0 {vectors} 1"))?;
@@ -518,7 +523,11 @@ fn windows(guest: &Guest) -> Result<()> {
         ensure(left == 0, || format!("{left} BARs are mapped"))?;
         guest.host.pci(0, PciAction::Offer)?;
         for number in [0, 1] {
-            let function = Function { guest, number };
+            let function = Function {
+                guest,
+                domain: 0x7a00,
+                number,
+            };
             guest.wait_until(&format!("[ -e {} ]", function.file("do")), APPEAR)?;
             let text = function.command("bars")?;
             ensure(!text.contains("bad"), || text.clone())?;

@@ -154,6 +154,8 @@ pub struct Boot {
     pub pmem: Option<PathBuf>,
     /// The guest's memory is isolated from the host.
     pub isolated: bool,
+    /// The guest is told to access configuration space by hypercalls.
+    pub mmio_hypercalls: bool,
     /// More words for the kernel's command line.
     pub append: String,
     /// Newest VMBus version that the host takes.
@@ -181,6 +183,7 @@ impl Boot {
             builtin_pci: false,
             pmem: None,
             isolated: false,
+            mmio_hypercalls: false,
             append: String::new(),
             vmbus_version: None,
             nvsp_version: None,
@@ -314,6 +317,9 @@ impl Guest {
         }
         if boot.isolated {
             command.arg("--isolated");
+        }
+        if boot.mmio_hypercalls {
+            command.arg("--mmio-hypercalls");
         }
         if let Some(modules) = &lab.files.modules {
             command.arg("--modules").arg(modules);

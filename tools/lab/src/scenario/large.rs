@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! 64 buses, some of which ask for the same PCI domain, and 66 processors on two NUMA nodes.
+//! 64 buses, some of which ask for the same PCI domain, and 66 processors on two NUMA nodes. Configuration space is
+//! accessed by hypercalls.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use lab_control::PciAction;
 use regex::Regex;
 
+use super::functions::{pinned, Function};
 use super::guest::{Boot, Guest};
 use super::{ensure, Context, Drivers, Result};
 
@@ -79,12 +81,14 @@ fn buses(drivers: Drivers) -> Vec<Bus> {
 }
 
 pub fn run(context: &mut Context<'_>) -> Result<()> {
-    let buses = buses(context.drivers);
+    let drivers = context.drivers;
+    let buses = buses(drivers);
     let guest = context.boot(&Boot {
         pci: buses.iter().map(Bus::spec).collect(),
         cpus: CPUS,
         memory: 2048,
         nodes: 2,
+        mmio_hypercalls: true,
         // Where the host is emulated, to start all would take minutes.
         append: "maxcpus=2".to_owned(),
         ..Boot::new(Vec::new())
@@ -118,6 +122,31 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         let after = domains(&guest)?;
         ensure(before == after, || format!("{before:x?} then {after:x?}"))
     });
+    context.check(
+        "configuration space is read and written by hypercalls",
+        || by_hypercall(&guest),
+    );
+    context.check("interrupts reach processors beyond the 64th", || {
+        for cpu in [63, 65] {
+            guest.sh(&format!("echo 1 >/sys/devices/system/cpu/cpu{cpu}/online"))?;
+        }
+        for bus in &buses[..4] {
+            let function = Function {
+                guest: &guest,
+                domain: bus.domain,
+                number: 0,
+            };
+            function.expect("vectors msix 2 2", "allocated=2 requested=2 error=0")?;
+            // With protocol 1.1 the stock driver names another processor.
+            let cpu = match (bus.version, drivers) {
+                ("1.1", Drivers::C) => 63,
+                _ => 65,
+            };
+            pinned(&function, cpu, 2)
+                .map_err(|error| format!("protocol {}, CPU {cpu}: {error}", bus.version))?;
+        }
+        Ok(())
+    });
     context.check("functions are near the memory that the host says", || {
         let text = guest.sh("cd /sys/bus/vmbus/devices; for d in */pci*; do \
              echo ${d%%/*} $(cat $d/*:00.0/numa_node); done")?;
@@ -132,6 +161,32 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         Ok(())
     });
     context.finish(guest)
+}
+
+/// The numbers of a function are the host's, and memory decoding goes off and on.
+fn by_hypercall(guest: &Guest) -> Result<()> {
+    let accesses = || -> Result<u64> {
+        let counters = guest.host.counters()?;
+        Ok(counters.get("hypercalls.mmio").copied().unwrap_or(0))
+    };
+    let before = accesses()?;
+    let device = "/sys/bus/pci/devices/7b00:00:00.0";
+    let text = guest.sh(&format!(
+        "od -An -v -tx1 {device}/config | tr -d ' \\n'; echo; c=$(setpci -s 7b00:00:00.0 COMMAND); \
+         setpci -s 7b00:00:00.0 COMMAND=0; setpci -s 7b00:00:00.0 COMMAND; \
+         setpci -s 7b00:00:00.0 COMMAND=$c; [ $(setpci -s 7b00:00:00.0 COMMAND) = $c ]"
+    ))?;
+    let (config, command) = text
+        .trim()
+        .split_once('\n')
+        .ok_or("no configuration space")?;
+    let host = guest.host.pci_config(0, 0)?;
+    ensure(config == host && command == "0000", || {
+        format!("COMMAND {command} without decoding; guest:\n{config}\nhost:\n{host}")
+    })?;
+    let grown = accesses()? - before;
+    // What is known from the host's description is not read.
+    ensure(grown > 1000, || format!("{grown} accesses by hypercall"))
 }
 
 /// Compares what the kernel's log says of domains with what there is.
