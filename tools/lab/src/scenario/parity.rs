@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Holds the table in Documentation/parity.rst to the checks that there are.
+//! Holds the tables in Documentation/parity.rst and parity-pci.rst to the checks that there are.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,8 +9,8 @@ use regex::Regex;
 
 use super::SCENARIOS;
 
-/// Rows of the table, A1 and following.
-const ROWS: usize = 47;
+/// The tables: file, letter of the rows, and how many there are.
+const TABLES: [(&str, char, usize); 2] = [("parity.rst", 'A', 47), ("parity-pci.rst", 'B', 23)];
 
 fn top() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -37,11 +37,17 @@ fn titles(scenario: &str) -> Vec<Regex> {
 }
 
 #[test]
-fn every_check_of_the_parity_table_exists() {
-    let table = fs::read_to_string(top().join("Documentation/parity.rst")).unwrap();
+fn every_check_of_the_parity_tables_exists() {
+    for (file, letter, rows) in TABLES {
+        every_check_exists(file, letter, rows);
+    }
+}
+
+fn every_check_exists(file: &str, letter: char, count: usize) {
+    let table = fs::read_to_string(top().join("Documentation").join(file)).unwrap();
     let known: BTreeSet<_> = SCENARIOS.iter().map(|scenario| scenario.name).collect();
     let check = Regex::new(r"``([a-z0-9-]+)``: \*([^*]+)\*").unwrap();
-    let number = Regex::new(r"^A[0-9]+$").unwrap();
+    let number = Regex::new(&format!("^{letter}[0-9]+$")).unwrap();
     let mut sources = BTreeMap::new();
     let mut rows = Vec::new();
     for row in table.split("\n   * - ").skip(1) {
@@ -68,6 +74,6 @@ fn every_check_of_the_parity_table_exists() {
             );
         }
     }
-    let wanted: Vec<_> = (1..=ROWS).map(|row| format!("A{row}")).collect();
+    let wanted: Vec<_> = (1..=count).map(|row| format!("{letter}{row}")).collect();
     assert_eq!(rows, wanted);
 }
