@@ -104,7 +104,7 @@ impl<T: BlockOps> BlockInterface<T> {
         }
     }
 
-    unsafe extern "C" fn read_callback(
+    extern "C" fn read_callback(
         dev: *mut bindings::pci_dev,
         buf: *mut c_void,
         len: c_uint,
@@ -127,7 +127,7 @@ impl<T: BlockOps> BlockInterface<T> {
         read().map_or_else(|e: Error| e.to_errno(), |()| 0)
     }
 
-    unsafe extern "C" fn write_callback(
+    extern "C" fn write_callback(
         dev: *mut bindings::pci_dev,
         buf: *mut c_void,
         len: c_uint,
@@ -146,7 +146,7 @@ impl<T: BlockOps> BlockInterface<T> {
         write().map_or_else(|e: Error| e.to_errno(), |()| 0)
     }
 
-    unsafe extern "C" fn set_callback(
+    extern "C" fn set_callback(
         dev: *mut bindings::pci_dev,
         context: *mut c_void,
         function: Option<unsafe extern "C" fn(*mut c_void, u64)>,
