@@ -184,19 +184,24 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
             };
             recorder.phases(&others, "bind a driver", driver, QUIET)?;
             for (name, kind, vectors) in VECTORS {
+                // An interrupt moves when it comes the next time.
+                let to = |processor| format!("pin {processor}' 'fire 0 {vectors} 2");
                 let steps = [
                     (
                         name.to_owned(),
                         format!("vectors {kind} {vectors} {vectors}"),
                     ),
-                    (format!("{MOVES}1: {name}"), "pin 1".to_owned()),
-                    (format!("{MOVES}0: {name}"), "pin 0".to_owned()),
+                    (format!("{MOVES}1: {name}"), to(1)),
+                    (format!("{MOVES}0: {name}"), to(0)),
                     (format!("{name}: free"), "free".to_owned()),
                 ];
                 for (step, command) in steps {
                     let command = |trace: usize| {
                         let folder = format!("{:04x}:00:02.0", 0x7a00 + trace - count);
-                        format!("echo {command} >/sys/kernel/debug/pci_test/{folder}/do")
+                        format!(
+                            "for c in '{command}'; do \
+                             echo $c >/sys/kernel/debug/pci_test/{folder}/do || break; done"
+                        )
                     };
                     recorder.phases(&others, &step, command, QUIET)?;
                 }
@@ -250,10 +255,10 @@ fn bind_vf(guest: &Guest, nic: &Nic) -> Result<()> {
 
 /// Sends all interrupts of the VFs to a processor, and lets them come: they move then.
 fn send_interrupts(guest: &Guest, processor: usize) -> Result<()> {
-    let interrupts = guest.nics.iter();
-    let interrupts = interrupts
-        .map(|nic| format!("/sys/bus/pci/devices/{}/msi_irqs/* ", device(nic)))
-        .collect::<String>();
+    let interrupts = guest.nics.iter().map(device);
+    let interrupts = interrupts.fold(String::new(), |all, device| {
+        all + &format!("/sys/bus/pci/devices/{device}/msi_irqs/* ")
+    });
     let peers = guest.nics.iter().map(|nic| nic.peer_v4() + " ");
     let peers = peers.collect::<String>();
     guest.sh(&format!(
