@@ -75,8 +75,7 @@ impl BlockOps for Bus {
 
     fn set_invalidate(&self, devfn: u8, invalidate: Option<Invalidate>) -> Result {
         let child = self.child(SlotNumber::from_devfn(devfn)).ok_or(ENODEV)?;
-        let old = core::mem::replace(&mut *child.invalidate.lock(), invalidate);
-        drop(old);
+        *child.invalidate.lock() = invalidate;
         Ok(())
     }
 }
