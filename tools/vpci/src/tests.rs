@@ -506,7 +506,7 @@ fn each_field_of_a_retarget_is_checked() {
         // There are four processors.
         (mask(Target::Mask(0)), status::INVALID_VP_INDEX),
         (mask(Target::Mask(1 << 4)), status::INVALID_VP_INDEX),
-        (mask(Target::Mask(1 | 1 << 4)), status::INVALID_VP_INDEX),
+        (mask(Target::Mask(1 | (1 << 4))), status::INVALID_VP_INDEX),
         (
             mask(Target::Sparse {
                 valid_banks: 3,
