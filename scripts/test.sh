@@ -111,7 +111,7 @@ elif [ $lint_only = no ]; then
 	# Both driver sets in one run, which compares them.  The limit is for a machine
 	# that hangs: every check has a deadline of its own.
 	counted "scenarios" 's/^([0-9]+) passed, ([0-9]+) failed$/\1 \2/p' \
-		timeout -k 30 55m "$top/scripts/lab.sh" test --output "$build/lab-output"
+		timeout -k 30 65m "$top/scripts/lab.sh" test --output "$build/lab-output"
 	# Fails on no figure, only when one could not be measured.
 	check "the benchmark gives every figure" \
 		timeout -k 30 15m "$top/scripts/lab.sh" bench --quick --output "$build/bench-quick"

@@ -508,8 +508,9 @@ fn exhaustion(context: &mut Context<'_>, functions: &[Function<'_>]) {
 
 /// Takes the first bus away and gives it back, and compares what the kernel says of MMIO space.
 fn windows(guest: &Guest) -> Result<()> {
-    // The kernel's own code and data move with what is loaded.
-    let map = || guest.sh("grep -v Kernel /proc/iomem");
+    // The kernel's own code and data move with what is loaded. Names of others are of no interest: where there is room for
+    // a low window, but not for a high one, the stock driver leaves the low one there, with a name that is freed.
+    let map = || guest.sh("grep -v Kernel /proc/iomem | sed '/7a00/!s/ : .*//'");
     let with = map()?;
     ensure(with.contains("7a00:00:00.0"), || with.clone())?;
     let mut without = None;

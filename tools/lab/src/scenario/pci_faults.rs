@@ -75,6 +75,8 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     let guest = context.boot(&Boot {
         cpus: 2,
         pci: buses.collect(),
+        // It does not take functions without BARs.
+        append: "module_blacklist=pci_test".to_owned(),
         ..Boot::new(Vec::new())
     })?;
     let lab = Lab { guest: &guest };
