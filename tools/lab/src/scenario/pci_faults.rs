@@ -76,7 +76,7 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         cpus: 2,
         pci: buses.collect(),
         // It does not take functions without BARs.
-        append: "module_blacklist=pci_test".to_owned(),
+        append: "lab.without=pci_test".to_owned(),
         ..Boot::new(Vec::new())
     })?;
     let lab = Lab { guest: &guest };
