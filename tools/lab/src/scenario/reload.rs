@@ -3,16 +3,21 @@
 
 use std::time::Duration;
 
-use super::ending::{no_resources, unload, unload_pci};
+use lab_control::Fault;
+
+use super::ending::{account_for, no_resources, unload, unload_pci};
 use super::guest::{Boot, Guest, Nic};
 use super::traffic::Link;
 use super::vf::bonded;
-use super::{Context, Drivers, Result};
+use super::{ensure, Context, Drivers, Result};
 
 /// Rounds of the PCI driver with a VF, and whether under load.
 const PCI_WITH_VF: [(bool, usize); 2] = [(false, 20), (true, 20)];
 /// And without a VF.
 const PCI_WITHOUT_VF: usize = 10;
+
+/// What a switch of drivers may take, with the way back.
+const SWITCH: Duration = Duration::from_secs(240);
 
 pub fn run(context: &mut Context<'_>) -> Result<()> {
     let lab = context.lab();
@@ -78,11 +83,71 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         guest.host.add_vf(&nic)?;
         bonded(&guest, &nic)
     });
+    if guest.drivers() == Drivers::Rust {
+        switched(context, &link);
+    }
     context.check("with both gone the host is back at zero", || {
         unload(&guest)?;
         no_resources(&guest)
     });
     context.finish(guest)
+}
+
+/// `scripts/switch-drivers.sh`, with which a machine goes from one driver set to the other and back.
+fn switched(context: &mut Context<'_>, link: &Link<'_>) {
+    let (guest, nic) = (link.guest, link.nic);
+    let check = format!("ping -q -c 1 -W 1 {}", nic.peer_v4());
+    let switch = |to: &str, timeout: u32, code: i32| -> Result<()> {
+        let command = format!(
+            "/root/switch-drivers.sh {to} --timeout {timeout} --stock-pci /lab/hv_pci_stock.ko --check '{check}'"
+        );
+        let exit = guest.exit(&command, SWITCH)?;
+        ensure(exit.code == code, || {
+            format!(
+                "{command}: exit code {}\n{}{}",
+                exit.code, exit.stdout, exit.stderr
+            )
+        })
+    };
+    let are = |netvsc: &str, pci: &str| -> Result<()> {
+        let text = guest.sh("/root/switch-drivers.sh status")?;
+        ensure(
+            text == format!("hv_netvsc: {netvsc}\nhv_pci: {pci}\n"),
+            || text,
+        )
+    };
+    context.check("switched to the kernel's own drivers and back", || {
+        let script = include_str!("../../../../scripts/switch-drivers.sh");
+        guest.sh(&format!(
+            "cat >/root/switch-drivers.sh <<'END_OF_SCRIPT'\n{script}END_OF_SCRIPT\n\
+             chmod 755 /root/switch-drivers.sh"
+        ))?;
+        are("rust", "rust")?;
+        for (to, round) in [("c", 1), ("rust", 2)] {
+            switch(to, 60, 0)?;
+            are(to, to)?;
+            bonded(guest, nic)
+                .and_then(|()| link.pings())
+                .map_err(|error| format!("{to}, switch {round}: {error}"))?;
+        }
+        Ok(())
+    });
+    context.check("put back when the network does not return", || {
+        switch("c", 60, 0)?;
+        guest.host.fault(nic, Fault::NvspInitUnanswered, 1)?;
+        switch("rust", 15, 2)?;
+        account_for(
+            guest,
+            &[
+                "hv_netvsc .*unable to (connect to NetVSP|add netvsc)",
+                "hv_(netvsc|vmbus).*probe.* failed",
+            ],
+        )?;
+        are("c", "c")?;
+        bonded(guest, nic)?;
+        link.pings()?;
+        switch("rust", 60, 0)
+    });
 }
 
 /// Unloads hv_netvsc and loads it again.
