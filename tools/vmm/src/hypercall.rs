@@ -103,11 +103,15 @@ pub(crate) fn dispatch(
         code::POST_MESSAGE => post_message(registers, memory, handler),
         code::SIGNAL_EVENT => signal_event(registers, memory, handler),
         code::RETARGET_INTERRUPT => retarget(registers, memory, handler),
-        code::MMIO_READ | code::MMIO_WRITE if mmio.is_some() => {
-            let result = mmio.map_or(Ok(()), |mmio| access_mmio(registers, memory, mmio));
-            handler.mmio_accessed();
-            result.err().unwrap_or(status::SUCCESS)
-        }
+        code::MMIO_READ | code::MMIO_WRITE => match mmio {
+            Some(mmio) => {
+                handler.mmio_accessed();
+                access_mmio(registers, memory, mmio)
+                    .err()
+                    .unwrap_or(status::SUCCESS)
+            }
+            None => status::INVALID_HYPERCALL_CODE,
+        },
         _ => status::INVALID_HYPERCALL_CODE,
     };
     if registers.control().code() == code::RETARGET_INTERRUPT && result != status::SUCCESS {
