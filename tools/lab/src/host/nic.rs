@@ -13,11 +13,11 @@ use hyperv_wire::{nvsp, rndis, vpci::SlotNumber};
 use lab_control::{DataPath, Fault, Kind, NicStatus, Setting, VfStatus};
 use mana::{ManaVf, VfOptions};
 use netvsp::{FaultAction, FaultPoint, Nic, Raw, SwitchPort, Uplink};
-use vmbus_host::{Counters, Direction, Guid, MessageLog, Platform, VmbusHost};
+use vmbus_host::{Counters, Direction, MessageLog, Platform, VmbusHost};
 use vmm::Machine;
 use vpci::VpciDevice;
 
-use super::bus::{released, BusMaker, EJECT};
+use super::bus::{released, usual_instance, BusMaker, EJECT};
 use super::options::{nvsp_name, vpci_name, HostArgs, Spec, Vf as VfWish};
 use super::Devices;
 
@@ -132,15 +132,10 @@ impl LabNic {
         let nic = Nic::new(config, port, devices.log.clone(), &devices.counters).map_err(failed)?;
 
         let serial = spec.serial.unwrap_or(number as u32 + 1);
-        let instance = spec.bus.unwrap_or_else(|| {
-            // As a guest names the domain after the third group: 7870 is usual for MANA on Azure.
-            Guid::new(
-                0xe9ac9b28,
-                0x7870 + number as u16,
-                0x4466,
-                [0x9a, 0xe3, 0x4b, 0x84, 0x9c, 0x3e, 0xe0, 0x3b],
-            )
-        });
+        // 7870 is usual for MANA on Azure.
+        let instance = spec
+            .bus
+            .unwrap_or_else(|| usual_instance(0x7870 + number as u16));
         Ok(Self {
             nic,
             offered: AtomicBool::new(false),

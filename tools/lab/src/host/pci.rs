@@ -9,11 +9,11 @@ use hyperv_wire::vpci::SlotNumber;
 use lab_control::{unhex, BusStatus, FunctionStatus, PciAction};
 use nvme::{DiskOptions, NvmeDisk, Store};
 use pcitest::TestFunction;
-use vmbus_host::{Counters, Guid, MessageLog, Platform, VmbusHost};
+use vmbus_host::{Counters, MessageLog, Platform, VmbusHost};
 use vmm::Machine;
 use vpci::{PciFunction, VpciDevice};
 
-use super::bus::{released, BusMaker, EJECT};
+use super::bus::{released, usual_instance, BusMaker, EJECT};
 use super::options::{vpci_name, HostArgs, PciSpec};
 use super::Devices;
 
@@ -115,15 +115,9 @@ impl PciBus {
         machine: &Arc<Machine>,
         devices: &Devices,
     ) -> Self {
-        let instance = spec.bus.unwrap_or_else(|| {
-            // As the buses of VFs, but for the domain.
-            Guid::new(
-                0xe9ac9b28,
-                0x7a00 + number as u16,
-                0x4466,
-                [0x9a, 0xe3, 0x4b, 0x84, 0x9c, 0x3e, 0xe0, 0x3b],
-            )
-        });
+        let instance = spec
+            .bus
+            .unwrap_or_else(|| usual_instance(0x7a00 + number as u16));
         let version = spec.version.unwrap_or(args.vpci_version());
         let present = spec.functions.iter().map(|f| !f.later).collect();
         let functions = spec.functions.into_iter().enumerate();
