@@ -154,13 +154,6 @@ fn values(text: &str) -> BTreeMap<&str, u64> {
         .collect()
 }
 
-/// A counter of the host.
-fn counter(guest: &Guest, name: &str) -> Result<u64> {
-    let counters = guest.host.counters()?;
-    let value = counters.get(name).copied();
-    value.ok_or_else(|| format!("the host has no counter {name}").into())
-}
-
 fn scenario(context: &mut Context<'_>, measure: &Measure) -> Result<()> {
     let guest = context.boot(&Boot {
         cpus: 2,
@@ -185,8 +178,8 @@ fn scenario(context: &mut Context<'_>, measure: &Measure) -> Result<()> {
     exhaustion(context, &functions);
     context.check("windows are given back exactly, twice", || windows(&guest));
     context.check("the host has refused no retarget", || {
-        let moved = counter(&guest, "pci0.interrupts.retargeted")?;
-        let refused = counter(&guest, "retarget.refused")?;
+        let moved = guest.host.counter("pci0.interrupts.retargeted")?;
+        let refused = guest.host.counter("retarget.refused")?;
         ensure(moved > 0 && refused == 0, || {
             format!("{moved} interrupts moved, {refused} hypercalls refused")
         })
@@ -194,7 +187,7 @@ fn scenario(context: &mut Context<'_>, measure: &Measure) -> Result<()> {
     context.check("nothing is left of a bus without driver", || {
         unload_pci(&guest)?;
         for name in ["interrupts.live", "interrupts.reclaimed", "mapped_bars"] {
-            let value = counter(&guest, &format!("pci0.{name}"))?;
+            let value = guest.host.counter(&format!("pci0.{name}"))?;
             ensure(value == 0, || format!("{name} = {value}"))?;
         }
         Ok(())
@@ -313,7 +306,7 @@ fn interrupts(context: &mut Context<'_>, functions: &[Function<'_>], measure: &M
             measure.moves
         ),
         || {
-            let retargeted = || counter(guest, "pci0.interrupts.retargeted");
+            let retargeted = || guest.host.counter("pci0.interrupts.retargeted");
             let (before, sent) = (retargeted()?, msix.check()?);
             msix.command("rate 0 64 25")?;
             let moves = 1000;
@@ -520,7 +513,7 @@ fn windows(guest: &Guest) -> Result<()> {
         ensure(!now.contains("7a00"), || now.clone())?;
         let first = without.get_or_insert_with(|| now.clone());
         ensure(*first == now, || format!("first\n{first}\nthen\n{now}"))?;
-        let left = counter(guest, "pci0.mapped_bars")?;
+        let left = guest.host.counter("pci0.mapped_bars")?;
         ensure(left == 0, || format!("{left} BARs are mapped"))?;
         guest.host.pci(0, PciAction::Offer)?;
         for number in [0, 1] {

@@ -56,6 +56,12 @@ impl Host {
         }
     }
 
+    /// One of them, which there must be.
+    pub fn counter(&self, name: &str) -> Result<u64> {
+        let value = self.counters()?.get(name).copied();
+        value.ok_or_else(|| format!("the host has no counter {name}").into())
+    }
+
     /// The state of the host.
     pub fn status(&self) -> Result<Status> {
         match self.request(&Request::Status)? {

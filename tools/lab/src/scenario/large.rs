@@ -165,10 +165,7 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
 
 /// The numbers of a function are the host's, and memory decoding goes off and on.
 fn by_hypercall(guest: &Guest) -> Result<()> {
-    let accesses = || -> Result<u64> {
-        let counters = guest.host.counters()?;
-        Ok(counters.get("hypercalls.mmio").copied().unwrap_or(0))
-    };
+    let accesses = || guest.host.counter("hypercalls.mmio");
     let before = accesses()?;
     let device = "/sys/bus/pci/devices/7b00:00:00.0";
     let text = guest.sh(&format!(

@@ -80,13 +80,7 @@ pub fn probe(bench: &Bench<'_>, guest: &Guest, drivers: Drivers) -> Result<Vec<V
 /// 64 vectors of MSI-X are allocated and requested.
 pub fn vectors(bench: &Bench<'_>, guest: &Guest, _: Drivers) -> Result<Vec<Value>> {
     let times = times(bench);
-    let created = || -> Result<u64> {
-        let name = "pci0.interrupts.created";
-        let counters = guest.host.counters()?;
-        Ok(*counters
-            .get(name)
-            .ok_or_else(|| format!("the host has no counter {name}"))?)
-    };
+    let created = || guest.host.counter("pci0.interrupts.created");
     let before = created()?;
     let script = format!(
         "cd /sys/kernel/debug/pci_test/{ADDRESS} || exit; start=$(now); echo vectors msix 64 64 >do || exit; \
