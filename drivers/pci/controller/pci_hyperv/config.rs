@@ -251,8 +251,8 @@ impl Bus {
         }
     }
 
-    /// The function, unless the host has taken it away. Its driver may still have it, and has to see at once that it
-    /// is gone, also from the ids, which the host would not be asked for.
+    /// The function, unless the host has taken it away. Its driver may still have it, and has to
+    /// see at once that it is gone, also from the ids, which the host would not be asked for.
     fn reachable(&self, devfn: u8) -> Option<Arc<Child>> {
         let child = self.child(SlotNumber::from_devfn(devfn))?;
         (!child.gone.load(Relaxed) && !self.dev.is_rescinded()).then_some(child)
