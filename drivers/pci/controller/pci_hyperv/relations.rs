@@ -41,11 +41,11 @@ impl Bus {
             return;
         }
         if let Some(functions) = relations {
-            if self.update_children(&state, &functions).is_err() {
-                dev_err!(self.log(), "couldn't follow the bus relations\n");
-            }
-            if let State::Probing = &*state {
-                self.surveyed.complete();
+            match self.update_children(&state, &functions) {
+                Ok(true) if matches!(&*state, State::Probing) => self.surveyed.complete(),
+                // Whoever probes has waited as long, and gives up.
+                Ok(_) => {}
+                Err(_) => dev_err!(self.log(), "couldn't follow the bus relations\n"),
             }
         }
         for child in &ejects {
@@ -53,8 +53,9 @@ impl Bus {
         }
     }
 
-    /// Makes the functions on the bus those which the host lists.
-    fn update_children(&self, state: &State, functions: &[Function]) -> Result {
+    /// Makes the functions on the bus those which the host lists. Tells whether the host has
+    /// answered all questions about them.
+    fn update_children(&self, state: &State, functions: &[Function]) -> Result<bool> {
         let current = self.all_children()?;
         let mut next: KVec<Arc<Child>> = KVec::with_capacity(functions.len(), GFP_KERNEL)?;
         let mut new = KVec::new();
@@ -99,7 +100,7 @@ impl Bus {
         if let State::Installed(root, _) = state {
             self.announce(root, &new);
         }
-        Ok(())
+        Ok(!unanswered)
     }
 
     fn add_child(&self, function: Function) -> Result<Arc<Child>> {
