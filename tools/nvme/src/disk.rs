@@ -326,7 +326,7 @@ impl Disk {
 
     fn fault(&self, what: &str) {
         self.statistics.protocol_errors.inc();
-        self.record(Direction::Host, "fault", what);
+        self.record(Direction::Host, "PROTOCOL_ERROR", what);
     }
 
     /// The controller cannot go on: the driver must reset it.
