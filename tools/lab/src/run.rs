@@ -107,6 +107,9 @@ pub struct Args {
     /// Tell the guest to access configuration space by hypercalls
     #[arg(long)]
     pub mmio_hypercalls: bool,
+    /// Have firmware describe a PCI bus without devices, of this segment (hexadecimal)
+    #[arg(long, value_name = "SEGMENT", value_parser = hexadecimal)]
+    pub pci_segment: Option<u16>,
     /// Words to add to the guest's kernel command line
     #[arg(
         long,
@@ -136,6 +139,10 @@ pub struct Args {
     /// Processors of level 1, if that is needed
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub level1_cpus: u32,
+}
+
+fn hexadecimal(text: &str) -> std::result::Result<u16, std::num::ParseIntError> {
+    u16::from_str_radix(text.trim_start_matches("0x"), 16)
 }
 
 /// A failure, in words for the user.
@@ -211,6 +218,9 @@ impl Args {
         }
         if self.mmio_hypercalls {
             args.push("--mmio-hypercalls".to_owned());
+        }
+        if let Some(segment) = self.pci_segment {
+            args.push(format!("--pci-segment={segment:x}"));
         }
         args.extend(self.host.to_args());
         let mut env = Vec::new();
@@ -378,6 +388,7 @@ pub fn run(args: &Args) -> Result<i32> {
         pmem: args.pmem.clone(),
         isolated: args.isolated,
         mmio_hypercalls: args.mmio_hypercalls,
+        pci_segment: args.pci_segment,
         console,
         agent: args.agent.clone(),
         low_mmio: beginning(LOW_MMIO, args.low_mmio),

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! ACPI tables: RSDP, XSDT, FADT with DSDT and FACS, MADT, and NFIT for persistent memory.
 //!
-//! The DSDT holds what a guest needs to find the VMBus and persistent memory and to switch itself off, nothing more.
+//! The DSDT holds what a guest needs to find the VMBus, persistent memory and a PCI bus, and to switch itself off,
+//! nothing more.
 
 use crate::layout;
 
@@ -35,6 +36,8 @@ pub struct Config {
     pub high_mmio: Window,
     /// Persistent memory.
     pub pmem: Option<Window>,
+    /// Segment of a PCI bus that has nothing on it.
+    pub pci_segment: Option<u16>,
 }
 
 /// The tables as one block, to be placed at a given address.
@@ -94,11 +97,13 @@ mod aml {
         [op, &package_length(body)].concat()
     }
 
-    /// An integer constant that fits into a byte.
-    fn byte(value: u8) -> Vec<u8> {
+    /// An integer constant.
+    fn integer(value: u32) -> Vec<u8> {
         match value {
-            0 | 1 => vec![value],
-            _ => vec![0x0a, value],
+            0 | 1 => vec![value as u8],
+            2..=0xff => vec![0x0a, value as u8],
+            0x100..=0xffff => [&[0x0b], &(value as u16).to_le_bytes()[..]].concat(),
+            _ => [&[0x0c], &value.to_le_bytes()[..]].concat(),
         }
     }
 
@@ -122,14 +127,16 @@ mod aml {
         name(of, &string(text))
     }
 
-    pub fn name_byte(of: &[u8; 4], value: u8) -> Vec<u8> {
-        name(of, &byte(value))
+    pub fn name_integer(of: &[u8; 4], value: u32) -> Vec<u8> {
+        name(of, &integer(value))
     }
 
     /// A package of small integers.
     pub fn package(values: &[u8]) -> Vec<u8> {
         let mut body = vec![values.len() as u8];
-        values.iter().for_each(|&value| body.extend(byte(value)));
+        values
+            .iter()
+            .for_each(|&value| body.extend(integer(value.into())));
         with_package_length(b"\x12", &body)
     }
 
@@ -164,9 +171,27 @@ mod aml {
         out
     }
 
+    /// Bus 0 alone: producer, fixed.
+    pub fn first_bus() -> Vec<u8> {
+        let mut out = vec![0x88, 0x0d, 0];
+        out.extend([2, 0x0c, 0]);
+        for value in [0u16, 0, 0, 0, 1] {
+            out.extend(value.to_le_bytes());
+        }
+        out
+    }
+
     #[cfg(test)]
     mod tests {
         use super::*;
+
+        #[test]
+        fn integers() {
+            assert_eq!(integer(1), [1]);
+            assert_eq!(integer(2), [0x0a, 2]);
+            assert_eq!(integer(0x1234), [0x0b, 0x34, 0x12]);
+            assert_eq!(integer(0x1234_5678), [0x0c, 0x78, 0x56, 0x34, 0x12]);
+        }
 
         #[test]
         fn package_lengths() {
@@ -185,6 +210,34 @@ mod aml {
     }
 }
 
+/// A PCI root bus, and the device by which its configuration space is reserved.
+fn pci_root(segment: u16) -> Vec<u8> {
+    let config_space = Window {
+        base: layout::PCI_CONFIG,
+        len: layout::PCI_CONFIG_LEN,
+    };
+    let root = [
+        aml::name_string(b"_HID", "PNP0A08"),
+        aml::name_string(b"_CID", "PNP0A03"),
+        aml::name_integer(b"_UID", 0),
+        aml::name_integer(b"_SEG", segment.into()),
+        aml::name_integer(b"_BBN", 0),
+        aml::name_integer(b"_CBA", config_space.base as u32),
+        aml::name(b"_CRS", &aml::resources(&aml::first_bus())),
+    ]
+    .concat();
+    let reserved = [
+        aml::name_string(b"_HID", "PNP0C02"),
+        aml::name_integer(b"_UID", 0),
+        aml::name(
+            b"_CRS",
+            &aml::resources(&aml::memory_window32(config_space)),
+        ),
+    ]
+    .concat();
+    [aml::device(b"PCIR", &root), aml::device(b"PCIC", &reserved)].concat()
+}
+
 fn dsdt(config: &Config) -> Vec<u8> {
     let mut windows = Vec::new();
     if config.low_mmio.len > 0 {
@@ -195,8 +248,8 @@ fn dsdt(config: &Config) -> Vec<u8> {
     }
     let vmbus = [
         aml::name_string(b"_HID", "VMBUS"),
-        aml::name_byte(b"_UID", 0),
-        aml::name_byte(b"_STA", 0x0f),
+        aml::name_integer(b"_UID", 0),
+        aml::name_integer(b"_STA", 0x0f),
         // The bus driver gives up its MMIO windows, silently, if this is missing.
         aml::name(b"_CRS", &aml::resources(&[])),
     ]
@@ -204,7 +257,7 @@ fn dsdt(config: &Config) -> Vec<u8> {
     // The windows belong to a module device above the bus, as on Hyper-V.
     let module = [
         aml::name_string(b"_HID", "ACPI0004"),
-        aml::name_byte(b"_UID", 0),
+        aml::name_integer(b"_UID", 0),
         aml::name(b"_CRS", &aml::resources(&windows)),
         aml::device(b"VMBS", &vmbus),
     ]
@@ -213,6 +266,9 @@ fn dsdt(config: &Config) -> Vec<u8> {
     if config.pmem.is_some() {
         // What is there is in the NFIT.
         devices.extend(aml::device(b"NVDR", &aml::name_string(b"_HID", "ACPI0012")));
+    }
+    if let Some(segment) = config.pci_segment {
+        devices.extend(pci_root(segment));
     }
     let body = [
         aml::scope(b"\\_SB_", &devices),
@@ -413,6 +469,7 @@ mod tests {
             len: 0x40_0000_0000,
         },
         pmem: None,
+        pci_segment: None,
     };
     const BASE: u64 = 0xe0000;
 
@@ -479,6 +536,21 @@ mod tests {
     }
 
     #[test]
+    fn pci_bus_has_its_segment() {
+        let bytes = dsdt(&Config {
+            pci_segment: Some(0x7b20),
+            ..CONFIG
+        });
+        for part in [
+            &b"PNP0A08\0"[..],
+            b"_SEG\x0b\x20\x7b",
+            b"_CBA\x0c\0\0\0\xd0",
+        ] {
+            assert!(bytes.windows(part.len()).any(|bytes| bytes == part));
+        }
+    }
+
+    #[test]
     fn madt_lists_the_processors() {
         let madt = madt(3);
         let mut at = 44;
@@ -530,6 +602,7 @@ mod tests {
         assert!(find(&bytes, b"\x08_HID\x0dVMBUS\0"));
         assert!(find(&bytes, &aml::memory_window32(CONFIG.low_mmio)));
         assert!(find(&bytes, &aml::memory_window(CONFIG.high_mmio)));
+        assert!(!find(&bytes, b"PNP0A08"));
         let none = Window { base: 0, len: 0 };
         let bytes = dsdt(&Config {
             high_mmio: none,

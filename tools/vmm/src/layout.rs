@@ -28,6 +28,10 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 
 /// RAM ends here at the latest, the rest goes above 4 GiB.
 pub const PCI_HOLE: u64 = 0xc000_0000;
+/// Configuration space of firmware's PCI bus, of which there is one at most.
+pub const PCI_CONFIG: u64 = 0xd000_0000;
+/// Its length: 4 KiB for each of 256 functions.
+pub const PCI_CONFIG_LEN: u64 = 1 << 20;
 /// RAM above the hole.
 pub const RAM_ABOVE_4G: u64 = 0x1_0000_0000;
 

@@ -161,6 +161,8 @@ pub struct Config {
     pub isolated: bool,
     /// Whether the guest is to access MMIO by hypercalls where it can.
     pub mmio_hypercalls: bool,
+    /// Segment of a PCI bus that firmware describes and that has nothing on it.
+    pub pci_segment: Option<u16>,
     /// First serial port.
     pub console: Console,
     /// Unix socket to which the second serial port is connected.
@@ -340,6 +342,7 @@ impl Vm {
             low_mmio: config.low_mmio,
             high_mmio: config.high_mmio,
             pmem,
+            pci_segment: config.pci_segment,
         };
         let entry = boot::load(
             &memory,

@@ -156,6 +156,8 @@ pub struct Boot {
     pub isolated: bool,
     /// The guest is told to access configuration space by hypercalls.
     pub mmio_hypercalls: bool,
+    /// Segment of an empty PCI bus that firmware describes.
+    pub pci_segment: Option<u16>,
     /// More words for the kernel's command line.
     pub append: String,
     /// Newest VMBus version that the host takes.
@@ -184,6 +186,7 @@ impl Boot {
             pmem: None,
             isolated: false,
             mmio_hypercalls: false,
+            pci_segment: None,
             append: String::new(),
             vmbus_version: None,
             nvsp_version: None,
@@ -320,6 +323,9 @@ impl Guest {
         }
         if boot.mmio_hypercalls {
             command.arg("--mmio-hypercalls");
+        }
+        if let Some(segment) = boot.pci_segment {
+            command.arg(format!("--pci-segment={segment:x}"));
         }
         if let Some(modules) = &lab.files.modules {
             command.arg("--modules").arg(modules);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! 64 buses, some of which ask for the same PCI domain, and 66 processors on two NUMA nodes. Configuration space is
+//! 64 buses, some of which ask for the same PCI domain or that of firmware's bus, and 66 processors on two NUMA nodes. Configuration space is
 //! accessed by hypercalls.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +14,8 @@ use super::{ensure, Context, Drivers, Result};
 
 /// Buses.
 const BUSES: usize = 64;
+/// Segment of the PCI bus that firmware describes.
+const FIRMWARE: u16 = 0x7d00;
 /// Processors; a mask has 64 bits.
 const CPUS: u32 = 66;
 /// What it may take until all buses are there.
@@ -60,6 +62,8 @@ fn buses(drivers: Drivers) -> Vec<Bus> {
         // The last there is, twice: the stock driver has none for the second.
         30 => 0xffff,
         31 if drivers == Drivers::Rust => 0xffff,
+        // That of a bus which is there already: the stock driver fails.
+        32 if drivers == Drivers::Rust => FIRMWARE,
         _ => 0x7b00 + number as u16,
     };
     (0..BUSES)
@@ -89,6 +93,7 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         memory: 2048,
         nodes: 2,
         mmio_hypercalls: true,
+        pci_segment: Some(FIRMWARE),
         // Where the host is emulated, to start all would take minutes.
         append: "maxcpus=2".to_owned(),
         ..Boot::new(Vec::new())
@@ -103,6 +108,9 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         ensure(domains.len() == BUSES && different.len() == BUSES, || {
             format!("{domains:x?}")
         })
+    });
+    context.check("firmware's bus is there, too", || {
+        guest.sh(&format!("ls -d /sys/devices/pci{FIRMWARE:04x}:00")).map(drop)
     });
     context.check("who got another domain than it wanted says which", || {
         said(&guest, &buses)
@@ -205,8 +213,9 @@ fn said(guest: &Guest, buses: &[Bus]) -> Result<()> {
             (domain != bus.domain).then_some((bus.instance(), (bus.domain, domain)))
         })
         .collect();
-    // Of each number that several want, all but one; and those who wanted what these got.
-    let least = 2 + 3 + 2;
+    // Of each number that several want, all but one; those who wanted what these got; and who wanted
+    // the number of firmware's bus.
+    let least = 2 + 3 + 2 + usize::from(guest.drivers() == Drivers::Rust);
     ensure(lines == others && others.len() >= least, || {
         format!("said: {lines:x?}, found: {others:x?}")
     })
