@@ -1453,6 +1453,11 @@ impl<'a> Event<'a> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        vec,
+        vec::Vec, //
+    };
+
     use super::*;
 
     const SLOT: u32 = 2 | (1 << 5);
@@ -1895,5 +1900,277 @@ mod tests {
             Event::parse(&7_u32.to_le_bytes()),
             Ok(Event::Unknown(MessageType(7)))
         );
+    }
+
+    /// Lets `parse` see a packet at each length up to `size`, its own, which must be too short, and followed by up
+    /// to eight bytes of whatever, which must change nothing.
+    fn at_every_length<T: PartialEq + fmt::Debug>(
+        packet: &[u8],
+        size: usize,
+        parse: impl Fn(&[u8]) -> Result<T>,
+        expected: T,
+    ) {
+        for short in 0..size {
+            let result = parse(&packet[..short]);
+            assert!(
+                matches!(result, Err(Error::Truncated { needed, actual, .. })
+                    if actual == short && (short + 1..=size).contains(&needed)),
+                "{expected:?} at {short}: {result:?}"
+            );
+        }
+        for more in 0..=8 {
+            let mut packet = packet[..size].to_vec();
+            packet.extend(std::iter::repeat_n(0xff, more));
+            assert_eq!(parse(&packet).as_ref(), Ok(&expected), "{more} more");
+        }
+    }
+
+    /// Those of which [`requests`] has none.
+    fn other_requests() -> Vec<(Vec<u8>, Request<'static>)> {
+        let released = ChildMessage::new(MessageType::RESOURCES_RELEASED, slot());
+        let read = ReadBlock::new(slot(), 9, 128);
+        let power = PowerStateChange {
+            message_type: U32::new(MessageType::POWER_STATE_CHANGE.0),
+            slot: slot(),
+            state: U32::new(4),
+            reserved: U32::ZERO,
+        };
+        vec![
+            (
+                released.as_bytes().to_vec(),
+                Request::ResourcesReleased(slot()),
+            ),
+            (
+                read.as_bytes().to_vec(),
+                Request::ReadBlock {
+                    slot: slot(),
+                    block: 9,
+                    length: 128,
+                },
+            ),
+            (
+                power.as_bytes().to_vec(),
+                Request::PowerStateChange {
+                    slot: slot(),
+                    state: 4,
+                },
+            ),
+        ]
+    }
+
+    #[test]
+    fn requests_with_more_or_less() {
+        for (bytes, size, expected) in requests() {
+            at_every_length(bytes, size, |bytes| leaked(Request::parse, bytes), expected);
+        }
+        for (bytes, expected) in other_requests() {
+            at_every_length(
+                &bytes,
+                bytes.len(),
+                |bytes| leaked(Request::parse, bytes),
+                expected,
+            );
+        }
+    }
+
+    /// Parses a copy that lives as long as its result.
+    fn leaked<T>(parse: impl Fn(&'static [u8]) -> Result<T>, bytes: &[u8]) -> Result<T> {
+        parse(std::boxed::Box::leak(bytes.to_vec().into_boxed_slice()))
+    }
+
+    #[test]
+    fn unknown_types_of_both_directions() {
+        let guest: std::collections::BTreeSet<_> = requests()
+            .iter()
+            .map(|(bytes, ..)| MessageType::parse(bytes).unwrap().0)
+            .chain(
+                other_requests()
+                    .iter()
+                    .map(|(bytes, _)| MessageType::parse(bytes).unwrap().0),
+            )
+            .collect();
+        let host = [
+            MessageType::BUS_RELATIONS.0,
+            MessageType::BUS_RELATIONS2.0,
+            MessageType::EJECT.0,
+            MessageType::INVALIDATE_BLOCK.0,
+        ];
+        let around = (0x4249_0000..0x4249_0040).chain([0, 1, 0x4248_ffff, u32::MAX]);
+        for raw in around {
+            let kind = MessageType(raw);
+            for length in 4..=12 {
+                let mut bytes = vec![0xff; length];
+                bytes[..4].copy_from_slice(&raw.to_le_bytes());
+                let event = Event::parse(&bytes);
+                assert_eq!(
+                    event == Ok(Event::Unknown(kind)),
+                    !host.contains(&raw),
+                    "{kind:?}: {event:?}"
+                );
+                let request = Request::parse(&bytes);
+                assert_eq!(
+                    request == Ok(Request::Unknown(kind)),
+                    !guest.contains(&raw),
+                    "{kind:?}: {request:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn events_with_more_or_less() {
+        let eject = ChildMessage::new(MessageType::EJECT, slot());
+        let bytes = eject.as_bytes();
+        at_every_length(
+            bytes,
+            bytes.len(),
+            |bytes| leaked(Event::parse, bytes),
+            Event::Eject(slot()),
+        );
+        let invalidate = InvalidateBlock::new(slot(), u64::MAX);
+        let bytes = invalidate.as_bytes();
+        let event = Event::InvalidateBlock {
+            slot: slot(),
+            block_mask: u64::MAX,
+        };
+        at_every_length(
+            bytes,
+            bytes.len(),
+            |bytes| leaked(Event::parse, bytes),
+            event,
+        );
+        let functions = [
+            function(1, Some(3)),
+            function(2, None),
+            function(3, Some(0)),
+        ];
+        for version in ProtocolVersion::ALL {
+            for count in 0..=functions.len() {
+                let size = bus_relations_size(version, count);
+                let mut bytes = vec![0; size];
+                write_bus_relations(version, &functions[..count], &mut bytes).unwrap();
+                let list = |bytes: &[u8]| match Event::parse(bytes)? {
+                    Event::BusRelations(relations) => Ok(relations.iter().collect::<Vec<_>>()),
+                    other => panic!("{other:?}"),
+                };
+                let numa = version >= ProtocolVersion::V1_3;
+                let expected = functions[..count].iter().map(|f| Function {
+                    numa_node: f.numa_node.filter(|_| numa),
+                    ..*f
+                });
+                at_every_length(&bytes, size, list, expected.collect());
+            }
+        }
+    }
+
+    #[test]
+    fn counts_that_overflow() {
+        // Those whose size in bytes overflows 32 bits to something small, too.
+        for (message_type, each) in [
+            (MessageType::BUS_RELATIONS, 20_u64),
+            (MessageType::BUS_RELATIONS2, 28),
+        ] {
+            let wraps = ((1_u64 << 32) / each + 1) as u32;
+            for count in [257, 0x8000_0000, 0xffff, wraps, u32::MAX - 1, u32::MAX] {
+                let mut bytes = vec![0; 8 + 28 * 4];
+                bytes[..4].copy_from_slice(&message_type.0.to_le_bytes());
+                bytes[4..8].copy_from_slice(&count.to_le_bytes());
+                assert_eq!(
+                    Event::parse(&bytes),
+                    Err(Error::Invalid {
+                        what: "function count",
+                        value: count.into()
+                    })
+                );
+            }
+        }
+        // The processors of an interrupt, whose count is 16 bits long.
+        for version in [ProtocolVersion::V1_2, ProtocolVersion::V1_4] {
+            let request = InterruptRequest {
+                vector: 0x31,
+                delivery_mode: 0,
+                vector_count: 1,
+                processors: Processors::one(version, 0).unwrap(),
+            };
+            let mut bytes = [0; CREATE_INTERRUPT_MAX];
+            let size = request.write(version, slot(), &mut bytes).unwrap();
+            let at = size - 2 * PROCESSORS_MAX - 2;
+            for count in [33_u16, 0x7fff, 0x8000, u16::MAX] {
+                bytes[at..at + 2].copy_from_slice(&count.to_le_bytes());
+                assert_eq!(
+                    Request::parse(&bytes[..size]),
+                    Err(Error::Invalid {
+                        what: "processor count",
+                        value: count.into()
+                    })
+                );
+            }
+        }
+        // The length of a block.
+        let mut bytes = [0; WriteBlock::MAX];
+        WriteBlock::write(slot(), 1, &[7; BLOCK_SIZE_MAX], &mut bytes).unwrap();
+        let read = ReadBlock::new(slot(), 1, 1);
+        let mut read = read.as_bytes().to_vec();
+        for length in [0_u32, 129, 0x1_0000, 0x8000_0000, u32::MAX - 15, u32::MAX] {
+            bytes[12..16].copy_from_slice(&length.to_le_bytes());
+            read[12..16].copy_from_slice(&length.to_le_bytes());
+            for message in [&bytes[..], &read] {
+                assert_eq!(
+                    Request::parse(message),
+                    Err(Error::Invalid {
+                        what: "block length",
+                        value: length.into()
+                    })
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn answers_with_more_or_less() {
+        let translated = TranslatedInterrupt::new(1, 0xfee0_1000, 0x4021);
+        let interrupt = CreateInterruptReply::new(translated);
+        let bars = [4, 0xffff_ffff, 0, 1, 2, 3];
+        let requirements = ResourceRequirementsReply::new(bars);
+        // Of success, information and warnings with all that belongs to them.
+        for status in [0, 1, 0x4000_0000, i32::MAX] {
+            let with = |bytes: &[u8]| {
+                let mut bytes = bytes.to_vec();
+                bytes[..4].copy_from_slice(&status.to_le_bytes());
+                bytes
+            };
+            let bytes = with(interrupt.as_bytes());
+            at_every_length(&bytes, 24, CreateInterruptReply::parse, Ok(translated));
+            let bytes = with(requirements.as_bytes());
+            at_every_length(&bytes, 28, ResourceRequirementsReply::parse, Ok(bars));
+            at_every_length(&bytes, 4, Status::parse, Status(status));
+        }
+        // Of failures, which need no more than their status.
+        for status in [
+            Status::UNSUCCESSFUL,
+            Status::REVISION_MISMATCH,
+            Status::INVALID_DEVICE_STATE,
+            Status(i32::MIN),
+            Status(-1),
+        ] {
+            let bytes = status.0.to_le_bytes();
+            assert!(status.is_failure());
+            at_every_length(&bytes, 4, Status::parse, status);
+            at_every_length(&bytes, 4, CreateInterruptReply::parse, Err(status));
+            at_every_length(&bytes, 4, ResourceRequirementsReply::parse, Err(status));
+        }
+        // Of blocks, to which the bytes after the status belong, however many.
+        for status in [0, 1, i32::MAX, i32::MIN, -1] {
+            let mut bytes = vec![7; 4 + BLOCK_SIZE_MAX + 8];
+            bytes[..4].copy_from_slice(&status.to_le_bytes());
+            for length in 0..bytes.len() {
+                let result = ReadBlock::parse_reply(&bytes[..length]);
+                match (length, status) {
+                    (0..4, _) => assert!(matches!(result, Err(Error::Truncated { .. }))),
+                    (_, 0) => assert_eq!(result, Ok(Ok(&bytes[4..length]))),
+                    _ => assert_eq!(result, Ok(Err(Status(status)))),
+                }
+            }
+        }
     }
 }
