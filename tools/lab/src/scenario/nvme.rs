@@ -100,9 +100,8 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     });
     // The stock driver keeps a function that is missing in new relations.
     if guest.drivers() == Drivers::Rust {
-        context.check("pulled off the bus, and put there again", || {
-            guest.host.pci(0, PciAction::Pull { function: 0 })?;
-            disk.absent()?;
+        context.check("pulled off the bus under fio, and put there again", || {
+            disk.lost(|| guest.host.pci(0, PciAction::Pull { function: 0 }))?;
             guest.host.pci(0, PciAction::Add { function: 0 })?;
             disk.kept()
         });
