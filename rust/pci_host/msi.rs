@@ -179,6 +179,12 @@ pub trait MsiController: Send + Sync + 'static {
     /// What is kept for each interrupt, from its allocation to its end.
     type Data: Default + Send + 'static;
 
+    /// Prepares an interrupt for use. An error is that of whoever requests it.
+    ///
+    /// Called before [`Self::compose`], and not when another CPU or vector is chosen. Interrupts may
+    /// be off.
+    fn activate(&self, irq: &Interrupt<'_>, data: &mut Self::Data) -> Result;
+
     /// Says which message raises the interrupt.
     ///
     /// Called with interrupts off, maybe several times for an interrupt: the last message counts.
@@ -248,6 +254,7 @@ impl<C: MsiController> MsiDomain<C> {
     const DOMAIN_OPS: bindings::irq_domain_ops = bindings::irq_domain_ops {
         alloc: Some(Self::alloc_callback),
         free: Some(Self::free_callback),
+        activate: Some(Self::activate_callback),
         ..pin_init::zeroed()
     };
 
@@ -322,6 +329,22 @@ impl<C: MsiController> MsiDomain<C> {
             let own = (*data).chip_data.cast::<C::Data>().as_mut()?;
             Some((controller, own))
         }
+    }
+
+    extern "C" fn activate_callback(
+        _domain: *mut bindings::irq_domain,
+        data: *mut bindings::irq_data,
+        _reserve: bool,
+    ) -> c_int {
+        // SAFETY: The interrupt core calls this for a valid interrupt of ours, which is not
+        // composed, unmasked or freed at the same time.
+        let callee = unsafe { (Interrupt::from_raw(data), Self::of(data)) };
+        let (Some(irq), Some((controller, own))) = callee else {
+            return ENODEV.to_errno();
+        };
+        controller
+            .activate(&irq, own)
+            .map_or_else(|e| e.to_errno(), |()| 0)
     }
 
     extern "C" fn compose_callback(

@@ -7,6 +7,8 @@
 //! window's, those of the requests.
 
 use hyperv_wire::vpci::{
+    CreateInterruptReply,
+    DeleteInterrupt,
     Event,
     Function,
     ProtocolVersion,
@@ -55,6 +57,7 @@ use vmbus::{
     Reply,
     Ring, //
 };
+use zerocopy::IntoBytes;
 
 use crate::{
     bars::Space,
@@ -63,7 +66,8 @@ use crate::{
     relations::is_same,
     requests::{
         Requests,
-        Response, //
+        Response,
+        Taker, //
     },
 };
 
@@ -336,11 +340,11 @@ impl Bus {
         while let Some(packet) = reader.next() {
             let (id, payload) = (packet.transaction_id(), packet.payload());
             match packet.kind() {
-                PacketKind::Completion => {
-                    if !self.requests.complete(id, payload) {
-                        dev_err!(self.log(), "Invalid transaction ID {:x}\n", id);
-                    }
-                }
+                PacketKind::Completion => match self.requests.complete(id, payload) {
+                    Taker::Waiting => {}
+                    Taker::Late(slot) => self.give_back(slot, payload),
+                    Taker::Nobody => dev_err!(self.log(), "Invalid transaction ID {:x}\n", id),
+                },
                 PacketKind::Inband => self.on_message(payload),
                 kind => dev_err!(
                     self.log(),
@@ -350,6 +354,14 @@ impl Bus {
                     packet.bytes().len()
                 ),
             }
+        }
+    }
+
+    /// Gives an interrupt back that has come too late.
+    fn give_back(&self, slot: SlotNumber, answer: &[u8]) {
+        if let Ok(Ok(interrupt)) = CreateInterruptReply::parse(answer) {
+            // A host that does not take it back has it until the function is released.
+            let _ = self.send(DeleteInterrupt::new(slot, interrupt).as_bytes());
         }
     }
 

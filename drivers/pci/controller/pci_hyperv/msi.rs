@@ -113,6 +113,65 @@ impl Controller {
             .send(DeleteInterrupt::new(slot, interrupt).as_bytes());
     }
 
+    /// Has the host make the interrupt, unless there is no need to, and says which message raises
+    /// it.
+    fn establish(&self, irq: &Interrupt<'_>, data: &mut Option<Composed>) -> Result<MsiMessage> {
+        let child = self
+            .bus
+            .child(SlotNumber::from_devfn(irq.devfn()))
+            .ok_or(ENODEV)?;
+        let (cpu, vector, count) = match irq.kind() {
+            // It is masked, and will be composed again with a vector of its own.
+            MsiKind::MsiX if !irq.is_requested() => {
+                return Ok(data
+                    .as_ref()
+                    .map_or(MsiMessage::default(), |c| message(&c.interrupt)));
+            }
+            MsiKind::MsiX | MsiKind::Single => {
+                let cpu = irq.cpus().next().ok_or(EINVAL)?;
+                let vector = irq.vector();
+                match data.take() {
+                    Some(old) if (old.cpu, old.vector) == (cpu, vector) => {
+                        return Ok(message(&data.insert(old).interrupt));
+                    }
+                    // The host places an interrupt by the processor it is created for.
+                    Some(old) => self.delete(child.function.slot, old.interrupt),
+                    None => {}
+                }
+                (cpu, vector, 1)
+            }
+            MsiKind::Multi { index, count } => {
+                if let Some(composed) = data {
+                    return Ok(message(&composed.interrupt));
+                }
+                if index > 0 {
+                    let first = irq.first_message();
+                    if first == MsiMessage::default() {
+                        return Err(EIO);
+                    }
+                    let own =
+                        TranslatedInterrupt::new(0, first.address, first.data.wrapping_add(index));
+                    let own = data.insert(Composed {
+                        interrupt: own,
+                        vector: 0,
+                        cpu: 0,
+                    });
+                    return Ok(message(&own.interrupt));
+                }
+                let cpu = pci_host::next_online_cpu(self.next_cpu.load(Relaxed));
+                self.next_cpu.store(cpu.wrapping_add(1), Relaxed);
+                (cpu, MULTI_MSI_VECTOR, count)
+            }
+        };
+        let interrupt = self.create(&child, cpu, vector, count)?;
+        let composed = data.insert(Composed {
+            interrupt,
+            vector,
+            cpu,
+        });
+        Ok(message(&composed.interrupt))
+    }
+
     /// Asks the host for a message.
     fn create(
         &self,
@@ -175,6 +234,9 @@ impl Controller {
                 return Err(ENODEV);
             }
             if waited >= COMPOSE_TIMEOUT {
+                if !request.give_up(child.function.slot) {
+                    break;
+                }
                 dev_err!(bus.log(), "Request for interrupt timed out\n");
                 return Err(ETIMEDOUT);
             }
@@ -218,62 +280,12 @@ pub(crate) struct Composed {
 impl MsiController for Controller {
     type Data = Option<Composed>;
 
+    fn activate(&self, irq: &Interrupt<'_>, data: &mut Self::Data) -> Result {
+        self.establish(irq, data).map(drop)
+    }
+
     fn compose(&self, irq: &Interrupt<'_>, data: &mut Self::Data) -> MsiMessage {
-        let none = MsiMessage::default();
-        let Some(child) = self.bus.child(SlotNumber::from_devfn(irq.devfn())) else {
-            return none;
-        };
-        let (cpu, vector, count) = match irq.kind() {
-            // It is masked, and will be composed again with a vector of its own.
-            MsiKind::MsiX if !irq.is_requested() => {
-                return data.as_ref().map_or(none, |c| message(&c.interrupt));
-            }
-            MsiKind::MsiX | MsiKind::Single => {
-                let Some(cpu) = irq.cpus().next() else {
-                    return none;
-                };
-                let vector = irq.vector();
-                match data.take() {
-                    Some(old) if (old.cpu, old.vector) == (cpu, vector) => {
-                        return message(&data.insert(old).interrupt);
-                    }
-                    // The host places an interrupt by the processor it is created for.
-                    Some(old) => self.delete(child.function.slot, old.interrupt),
-                    None => {}
-                }
-                (cpu, vector, 1)
-            }
-            MsiKind::Multi { index, count } => {
-                if let Some(composed) = data {
-                    return message(&composed.interrupt);
-                }
-                if index > 0 {
-                    let first = irq.first_message();
-                    let own =
-                        TranslatedInterrupt::new(0, first.address, first.data.wrapping_add(index));
-                    let own = data.insert(Composed {
-                        interrupt: own,
-                        vector: 0,
-                        cpu: 0,
-                    });
-                    return message(&own.interrupt);
-                }
-                let cpu = pci_host::next_online_cpu(self.next_cpu.load(Relaxed));
-                self.next_cpu.store(cpu.wrapping_add(1), Relaxed);
-                (cpu, MULTI_MSI_VECTOR, count)
-            }
-        };
-        match self.create(&child, cpu, vector, count) {
-            Ok(interrupt) => {
-                let composed = data.insert(Composed {
-                    interrupt,
-                    vector,
-                    cpu,
-                });
-                message(&composed.interrupt)
-            }
-            Err(_) => none,
-        }
+        self.establish(irq, data).unwrap_or_default()
     }
 
     fn unmask(&self, irq: &Interrupt<'_>, data: &mut Self::Data) {

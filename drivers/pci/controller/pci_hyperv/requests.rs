@@ -6,6 +6,7 @@
 //! often it was used before: an answer that comes too late finds another number there and is not
 //! taken for that of a later request.
 
+use hyperv_wire::vpci::SlotNumber;
 use kernel::prelude::*;
 use vmbus::{
     new_spinlock_irq,
@@ -31,6 +32,18 @@ struct State {
     uses: u32,
     len: usize,
     response: [u8; RESPONSE_MAX],
+    /// Which use was given up, and whose the interrupt is that may still come.
+    late: Option<(u32, SlotNumber)>,
+}
+
+/// Whom an answer is for.
+pub(crate) enum Taker {
+    /// Somebody who waits for it.
+    Waiting,
+    /// Somebody who has given up waiting for an interrupt of this function.
+    Late(SlotNumber),
+    /// Nobody.
+    Nobody,
 }
 
 #[pin_data]
@@ -50,6 +63,7 @@ impl Slot {
                 uses: 0,
                 len: 0,
                 response: [0; RESPONSE_MAX],
+                late: None,
             }),
         })
     }
@@ -87,17 +101,21 @@ impl Requests {
         Err(EAGAIN)
     }
 
-    /// Hands in the host's answer. Tells whether somebody was waiting for it.
-    pub(crate) fn complete(&self, id: u64, payload: &[u8]) -> bool {
+    /// Hands in the host's answer.
+    pub(crate) fn complete(&self, id: u64, payload: &[u8]) -> Taker {
         let slot = (id as u32)
             .checked_sub(1)
             .and_then(|index| self.slots.get(index as usize));
         let Some(slot) = slot else {
-            return false;
+            return Taker::Nobody;
         };
+        let uses = (id >> 32) as u32;
         let mut state = slot.state.lock();
-        if state.phase != Phase::Waiting || state.uses != (id >> 32) as u32 {
-            return false;
+        if let Some((_, function)) = state.late.take_if(|(late, _)| *late == uses) {
+            return Taker::Late(function);
+        }
+        if state.phase != Phase::Waiting || state.uses != uses {
+            return Taker::Nobody;
         }
         let len = payload.len().min(RESPONSE_MAX);
         state.response[..len].copy_from_slice(&payload[..len]);
@@ -105,7 +123,7 @@ impl Requests {
         state.phase = Phase::Done;
         // Under the lock, so that it cannot signal a later request with the same slot.
         slot.done.complete();
-        true
+        Taker::Waiting
     }
 }
 
@@ -124,6 +142,17 @@ impl Request<'_> {
     /// The event of the answer's arrival.
     pub(crate) fn done(&self) -> &Completion {
         &self.slot.done
+    }
+
+    /// Gives up waiting for an interrupt of a function, which may still come. Tells whether there was
+    /// no answer yet.
+    pub(crate) fn give_up(&self, function: SlotNumber) -> bool {
+        let mut state = self.slot.state.lock();
+        let waiting = state.phase == Phase::Waiting;
+        if waiting {
+            state.late = Some((state.uses, function));
+        }
+        waiting
     }
 
     /// The answer, if there is one.
