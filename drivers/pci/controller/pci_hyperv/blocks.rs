@@ -38,7 +38,9 @@ impl BlockOps for Bus {
     fn read_block(&self, devfn: u8, block: u32, data: &mut [u8]) -> Result<usize> {
         let slot = self.block_slot(devfn, data.len())?;
         let request = ReadBlock::new(slot, block, data.len() as u32);
-        let response = self.request(request.as_bytes(), HOST_TIMEOUT)?;
+        let response = self
+            .request(request.as_bytes(), HOST_TIMEOUT)
+            .inspect_err(|e| self.log_timeout(*e, "read a configuration block"))?;
         let (status, bytes) = match ReadBlock::parse_reply(response.as_bytes()) {
             Ok(Ok(bytes)) => (Status::SUCCESS, bytes),
             Ok(Err(status)) => (status, &[][..]),
@@ -64,7 +66,9 @@ impl BlockOps for Bus {
         let slot = self.block_slot(devfn, data.len())?;
         let mut message = [0; WriteBlock::MAX];
         let len = WriteBlock::write(slot, block, data, &mut message).map_err(|_| EINVAL)?;
-        let response = self.request(&message[..len], HOST_TIMEOUT)?;
+        let response = self
+            .request(&message[..len], HOST_TIMEOUT)
+            .inspect_err(|e| self.log_timeout(*e, "write a configuration block"))?;
         let status = Status::parse(response.as_bytes()).unwrap_or(Status(-1));
         if status != Status::SUCCESS {
             dev_err!(self.log(), "Write Config Block failed: {:#x}\n", status.0);

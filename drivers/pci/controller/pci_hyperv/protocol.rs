@@ -91,7 +91,7 @@ impl Bus {
     }
 
     /// Logs that the host did not do what was asked for, if that is the error.
-    fn log_timeout(&self, error: Error, what: &str) {
+    pub(crate) fn log_timeout(&self, error: Error, what: &str) {
         if error == ETIMEDOUT {
             dev_err!(
                 self.log(),
