@@ -257,6 +257,8 @@ pub enum PciRequest {
     Assigned,
     /// A message for an interrupt
     CreateInterrupt,
+    /// An interrupt is not used any more; the guest wants no answer
+    DeleteInterrupt,
     /// A configuration block is read
     ReadBlock,
     /// A configuration block is written

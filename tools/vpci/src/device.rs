@@ -241,7 +241,8 @@ impl Session {
         };
         let mut answers = Vec::new();
         for reply in replies {
-            if !reply.completion || packet.completion_requested {
+            // What is to be answered wrongly is answered at least.
+            if !reply.completion || packet.completion_requested || fault.is_some() {
                 answers.push((packet.transaction_id, reply));
             } else if reply.failed() {
                 log.record(Direction::Host, name, "refused", &reply.fields);

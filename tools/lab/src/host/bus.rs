@@ -118,6 +118,7 @@ impl BusMaker {
                 MessageType::CREATE_INTERRUPT2,
                 MessageType::CREATE_INTERRUPT3,
             ],
+            PciRequest::DeleteInterrupt => &[MessageType::DELETE_INTERRUPT],
             PciRequest::ReadBlock => &[MessageType::READ_BLOCK],
             PciRequest::WriteBlock => &[MessageType::WRITE_BLOCK],
             PciRequest::D0Exit => &[MessageType::BUS_D0_EXIT],
