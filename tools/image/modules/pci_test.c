@@ -12,6 +12,7 @@
  *   affinity TIMES SEED              move vectors by turns to CPUs chosen at random, with a rate
  *   pin CPU                          move all vectors to one CPU, each with its next interrupt
  *   check                            compare what was sent with what was received
+ *   clear                            begin to count anew
  *   bars                             write and read at both ends of each BAR
  *   read BLOCK LENGTH                read a configuration block
  *   write BLOCK HEX                  write one
@@ -19,7 +20,11 @@
  *
  * result is what the last command has to say, counts has a line for each vector:
  * number, interrupt, sent, and what was received on each CPU.
+ *
+ * While the parameter hold is set, drivers stay in their probe functions; held says how many.  Then they
+ * request a vector and give it back, whatever has happened meanwhile.
  */
+#include <linux/atomic.h>
 #include <linux/cleanup.h>
 #include <linux/debugfs.h>
 #include <linux/delay.h>
@@ -51,6 +56,26 @@
 
 /* The machine may be emulated twice over. */
 #define IDLE_MS		60000
+
+/* A probe function is not held for longer. */
+#define HOLD_MS		30000
+
+static bool hold;
+module_param(hold, bool, 0600);
+MODULE_PARM_DESC(hold, "Keep drivers in their probe functions");
+
+static atomic_t held;
+
+static int held_get(char *buffer, const struct kernel_param *param)
+{
+	return sysfs_emit(buffer, "%d\n", atomic_read(&held));
+}
+
+static const struct kernel_param_ops held_ops = {
+	.get = held_get,
+};
+module_param_cb(held, &held_ops, NULL, 0400);
+MODULE_PARM_DESC(held, "How many drivers are kept there");
 
 static struct dentry *root;
 
@@ -121,6 +146,11 @@ static int get_vectors(struct test *test, const char *kind, int min, int max, bo
 		return -EINVAL;
 
 	ret = pci_alloc_irq_vectors(test->pdev, min, max, flags);
+	if (ret < 0 && most) {
+		scnprintf(test->result, sizeof(test->result),
+			  "allocated=0 requested=0 error=%d\n", ret);
+		return 0;
+	}
 	if (ret < 0)
 		return ret;
 	test->allocated = ret;
@@ -147,6 +177,16 @@ static int get_vectors(struct test *test, const char *kind, int min, int max, bo
 	scnprintf(test->result, sizeof(test->result), "allocated=%d requested=%d error=%d\n",
 		  test->allocated, test->requested, ret);
 	return 0;
+}
+
+/* Begins to count anew, as the function does. */
+static void clear(struct test *test)
+{
+	int cpu;
+
+	writel(1, test->regs + REG_CLEAR);
+	for_each_possible_cpu(cpu)
+		memset(per_cpu_ptr(test->received, cpu), 0, test->requested * sizeof(u32));
 }
 
 static int wait_idle(struct test *test)
@@ -409,6 +449,11 @@ static int command(struct test *test, const char *text)
 		return pin(test, a);
 	if (!strcmp(text, "check"))
 		return check(test);
+	if (!strcmp(text, "clear")) {
+		if (test->requested)
+			clear(test);
+		return 0;
+	}
 	if (!strcmp(text, "bars"))
 		return bars(test, false) ?: bars(test, true);
 	if (sscanf(text, "read %u %u", &a, &b) == 2) {
@@ -470,6 +515,18 @@ static int counts_show(struct seq_file *file, void *unused)
 }
 DEFINE_SHOW_ATTRIBUTE(counts);
 
+static void stay(struct test *test)
+{
+	int waited;
+
+	atomic_inc(&held);
+	for (waited = 0; READ_ONCE(hold) && waited < HOLD_MS; waited += 10)
+		msleep(10);
+	atomic_dec(&held);
+	if (!get_vectors(test, "msix", 1, 1, false))
+		free_vectors(test);
+}
+
 static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
 {
 	struct test *test = devm_kzalloc(&pdev->dev, sizeof(*test), GFP_KERNEL);
@@ -489,6 +546,8 @@ static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
 		return -ENOMEM;
 	if (readl(test->regs + REG_ID) != MAGIC)
 		return dev_err_probe(&pdev->dev, -ENODEV, "not the function for tests\n");
+	if (READ_ONCE(hold))
+		stay(test);
 	test->registered = hyperv_reg_block_invalidate(pdev, test, block_invalidated);
 	pci_set_drvdata(pdev, test);
 	test->dir = debugfs_create_dir(pci_name(pdev), root);

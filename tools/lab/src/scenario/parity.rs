@@ -16,10 +16,23 @@ fn top() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
+/// The source of a scenario, which may have a folder with more of it.
+fn source(scenario: &str) -> String {
+    let folder = top().join(format!(
+        "tools/lab/src/scenario/{}",
+        scenario.replace('-', "_")
+    ));
+    let mut files = vec![folder.with_extension("rs")];
+    if let Ok(more) = fs::read_dir(folder) {
+        files.extend(more.map(|file| file.unwrap().path()));
+    }
+    let read = |file: &PathBuf| fs::read_to_string(file).expect(&file.to_string_lossy());
+    files.iter().map(read).collect()
+}
+
 /// What the string literals of a scenario match: a placeholder is anything.
 fn titles(scenario: &str) -> Vec<Regex> {
-    let file = format!("tools/lab/src/scenario/{}.rs", scenario.replace('-', "_"));
-    let source = fs::read_to_string(top().join(&file)).expect(&file);
+    let source = source(scenario);
     let literal = Regex::new(r#""((?:[^"\\]|\\.|\\\n)*)""#).unwrap();
     let continued = Regex::new(r"\\\n[ \t]*").unwrap();
     let placeholder = Regex::new(r"\\\{[^{}]*\\\}").unwrap();

@@ -2,6 +2,8 @@
 //! Virtual PCI buses whose host answers wrongly or not at all, says what nobody can understand, and
 //! takes functions and buses away at the worst moments.
 
+mod requests;
+
 use std::time::{Duration, Instant};
 
 use hyperv_wire::vpci::{
@@ -66,7 +68,7 @@ const REFUSED: [(PciRequest, u32, bool, &str); 4] = [
 pub fn run(context: &mut Context<'_>) -> Result<()> {
     let rust = context.drivers == Drivers::Rust;
     let buses = (0..BUSES).map(|bus| {
-        let function = "bar0=64K,msix=2";
+        let function = "bar0=64K,msi=4,msix=2";
         format!(
             "bus={},{function},slot=0+{function},slot=1,add=later",
             guid(bus)
@@ -169,6 +171,7 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
     late(context, &lab, &all, rust);
     nonsense(context, &lab);
     storms(context, &lab);
+    requests::run(context, &lab, &before, rust)?;
     context.finish(guest)
 }
 
