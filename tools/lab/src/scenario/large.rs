@@ -110,7 +110,9 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
         })
     });
     context.check("firmware's bus is there, too", || {
-        guest.sh(&format!("ls -d /sys/devices/pci{FIRMWARE:04x}:00")).map(drop)
+        guest
+            .sh(&format!("ls -d /sys/devices/pci{FIRMWARE:04x}:00"))
+            .map(drop)
     });
     context.check("who got another domain than it wanted says which", || {
         said(&guest, &buses)
