@@ -191,7 +191,8 @@ pub trait MsiController: Send + Sync + 'static {
     /// An all-zero message means that it did not work.
     fn compose(&self, irq: &Interrupt<'_>, data: &mut Self::Data) -> MsiMessage;
 
-    /// The interrupt gets enabled, maybe with a new CPU or vector. Called with interrupts off.
+    /// The interrupt gets enabled, maybe with a new CPU or vector, or is one of several MSIs and was
+    /// composed anew while it is enabled. Must not sleep.
     fn unmask(&self, irq: &Interrupt<'_>, data: &mut Self::Data);
 
     /// The interrupt is not needed any more.
@@ -401,6 +402,14 @@ impl<C: MsiController> MsiDomain<C> {
                         _ => other.as_mut_ptr(),
                     };
                     Self::compose_callback(data, msg.cast());
+                    // Where several MSIs go is not in their message, and nobody unmasks them now.
+                    if let (Some(irq), Some((controller, own))) =
+                        (Interrupt::from_raw(data), Self::of(data))
+                    {
+                        if matches!(irq.kind(), MsiKind::Multi { .. }) && irq.is_requested() {
+                            controller.unmask(&irq, own);
+                        }
+                    }
                 }
             }
             // SAFETY: The descriptors are still locked.
