@@ -26,6 +26,7 @@ pub mod ndis;
 pub mod nvsp;
 pub mod ring;
 pub mod rndis;
+pub mod spi;
 pub mod vmbus;
 pub mod vpci;
 
