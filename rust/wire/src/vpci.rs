@@ -2161,7 +2161,7 @@ mod tests {
         }
         // Of blocks, to which the bytes after the status belong, however many.
         for status in [0, 1, i32::MAX, i32::MIN, -1] {
-            let mut bytes = vec![7; 4 + BLOCK_SIZE_MAX + 8];
+            let mut bytes = [7; 4 + BLOCK_SIZE_MAX + 8];
             bytes[..4].copy_from_slice(&status.to_le_bytes());
             for length in 0..bytes.len() {
                 let result = ReadBlock::parse_reply(&bytes[..length]);
