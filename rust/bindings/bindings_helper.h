@@ -23,6 +23,9 @@
 #include <linux/netdevice.h>
 #include <linux/notifier.h>
 #include <linux/pci.h>
+#ifdef CONFIG_ARM64
+#include <linux/pci-ecam.h>
+#endif
 #include <linux/percpu.h>
 #include <linux/rtnetlink.h>
 #include <linux/skbuff.h>

@@ -7,6 +7,7 @@
  */
 
 #include <asm/mshyperv.h>
+#include <linux/acpi.h>
 #include <linux/bpf_trace.h>
 #include <linux/cpumask.h>
 #include <linux/dma-mapping.h>
@@ -23,6 +24,7 @@
 #include <linux/netdevice.h>
 #include <linux/netpoll.h>
 #include <linux/numa.h>
+#include <linux/of_irq.h>
 #include <linux/once.h>
 #include <linux/pci.h>
 #include <linux/percpu.h>
@@ -129,7 +131,7 @@ void *hyperv_helper_hv_pcpu_input_page(void)
 	return *this_cpu_ptr(hyperv_pcpu_input_arg);
 }
 
-u64 hyperv_helper_hv_do_hypercall(u64 control, void *input, void *output)
+u64 hyperv_helper_hyperv_do_hypercall(u64 control, void *input, void *output)
 {
 	return hv_do_hypercall(control, input, output);
 }
@@ -185,6 +187,44 @@ struct fwnode_handle *hyperv_helper_irq_domain_alloc_named_fwnode(const char *na
 {
 	return irq_domain_alloc_named_fwnode(name);
 }
+
+#ifdef CONFIG_ARM64
+/* The domain of the GIC that the VMBus has its own interrupt from, by ACPI or a device tree. */
+struct irq_domain *hyperv_helper_hv_gic_domain(void)
+{
+	struct irq_domain *domain = NULL;
+
+#ifdef CONFIG_ACPI
+	if (!acpi_disabled) {
+		acpi_gsi_domain_disp_fn dispatcher = acpi_get_gsi_dispatcher();
+
+		if (dispatcher)
+			domain = irq_find_matching_fwnode(dispatcher(0), DOMAIN_BUS_ANY);
+	}
+#endif
+#ifdef CONFIG_OF
+	if (!domain) {
+		struct device *vmbus = hv_get_vmbus_root_device();
+		struct device_node *gic = vmbus ? of_irq_find_parent(vmbus->of_node) : NULL;
+
+		if (gic)
+			domain = irq_find_host(gic);
+		of_node_put(gic);
+	}
+#endif
+	return domain;
+}
+
+/* Notes that the interrupt goes to the first online CPU of those that it may go to. */
+void hyperv_helper_irq_data_choose_cpu(struct irq_data *data)
+{
+	unsigned int cpu = cpumask_first_and(irq_data_get_affinity_mask(data), cpu_online_mask);
+
+	if (cpu >= nr_cpu_ids)
+		cpu = cpumask_first(cpu_online_mask);
+	irq_data_update_effective_affinity(data, cpumask_of(cpu));
+}
+#endif
 
 /* net */
 

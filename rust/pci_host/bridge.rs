@@ -29,6 +29,7 @@ use kernel::{
 use vmbus::MmioRange;
 
 use crate::{
+    arch,
     raw_device,
     MsiController,
     MsiDomain,
@@ -128,7 +129,7 @@ pub trait ConfigOps: Send + Sync + 'static {
 #[repr(C)]
 struct Private<T> {
     /// First, because the C code finds it by the bus's `sysdata`.
-    sysdata: bindings::pci_sysdata,
+    sysdata: arch::Sysdata,
     /// The driver's object, null when it is gone.
     ops: Atomic<*mut T>,
 }
@@ -181,7 +182,7 @@ impl<T: ConfigOps> HostBridge<T> {
         // a valid value of all of it.
         unsafe {
             let private = Self::private(raw);
-            (*private).sysdata.domain = number.into();
+            arch::init_sysdata(&raw mut (*private).sysdata, number);
             (*private).ops.store(Arc::as_ptr(&ops).cast_mut(), Release);
             (*raw).sysdata = private.cast();
             (*raw).ops = (&raw const *Self::ops_table()).cast_mut();

@@ -10,6 +10,8 @@ use hyperv_wire::hypercall::{
 };
 use kernel::prelude::*;
 
+use crate::arch;
+
 /// Whether Linux is the host's administrative system, whose interrupts work in another way.
 pub fn is_root_partition() -> bool {
     // SAFETY: The variable is set at boot and does not change.
@@ -46,7 +48,7 @@ fn call(control: Control, input: &[u8], output: &mut [u8]) -> Result<(), Failed>
         } else {
             page.add(output_at)
         };
-        let result = bindings::hv_do_hypercall(control.0, page.cast(), out.cast());
+        let result = bindings::hyperv_do_hypercall(control.0, page.cast(), out.cast());
         if !output.is_empty() {
             core::ptr::copy_nonoverlapping(out, output.as_mut_ptr(), output.len());
         }
@@ -73,7 +75,7 @@ const HINT_MMIO_HYPERCALLS: u32 = 1 << 21;
 /// Whether the hypervisor wants MMIO accesses to the configuration window as hypercalls.
 pub fn mmio_by_hypercall() -> bool {
     // SAFETY: The variable is set at boot and does not change.
-    unsafe { bindings::ms_hyperv.hints & HINT_MMIO_HYPERCALLS != 0 }
+    arch::MMIO_HYPERCALLS && unsafe { bindings::ms_hyperv.hints & HINT_MMIO_HYPERCALLS != 0 }
 }
 
 /// Largest access to MMIO space by hypercall.

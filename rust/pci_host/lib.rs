@@ -11,6 +11,10 @@
 
 use hyperv_bindings as bindings;
 
+// What differs between architectures: one set of functions, with the same names.
+#[cfg_attr(CONFIG_X86_64, path = "arch/x86.rs")]
+#[cfg_attr(CONFIG_ARM64, path = "arch/arm64.rs")]
+mod arch;
 mod block;
 mod bridge;
 mod config_window;

@@ -3,8 +3,8 @@
 //! An interrupt domain for the message-signalled interrupts of one PCI bus.
 //!
 //! It lies between the domain of each PCI device, which the PCI core makes, and the CPUs' vector
-//! domain. The [`MsiController`] says which message raises an interrupt and is told when the
-//! interrupt goes to another CPU.
+//! domain, or on arm64 the GIC's. The [`MsiController`] says which message raises an interrupt and
+//! is told when the interrupt goes to another CPU.
 //!
 //! C header: [`include/linux/msi.h`](srctree/include/linux/msi.h)
 
@@ -22,6 +22,8 @@ use kernel::{
     prelude::*,
     sync::Arc, //
 };
+
+use crate::arch;
 
 /// Name of the chip in `/proc/interrupts` and elsewhere.
 const CHIP_NAME: &CStr = c"Hyper-V PCIe MSI";
@@ -122,37 +124,35 @@ impl Interrupt<'_> {
 
     /// The message of the first of several interrupts, as it was composed before.
     pub fn first_message(&self) -> MsiMessage {
-        // SAFETY: By the type invariants the descriptor is valid, and any bits are a valid message.
+        // SAFETY: By the type invariants the descriptor is valid, and any bits are a valid message:
+        // it is three unions of a number and its parts.
         unsafe {
             let msg = &raw const (*self.desc.as_ptr()).msg;
-            let low = *(*msg).__bindgen_anon_1.address_lo.as_ref();
-            let high = *(*msg).__bindgen_anon_2.address_hi.as_ref();
+            let low = *(&raw const (*msg).__bindgen_anon_1).cast::<u32>();
+            let high = *(&raw const (*msg).__bindgen_anon_2).cast::<u32>();
             MsiMessage {
                 address: u64::from(high) << 32 | u64::from(low),
-                data: *(*msg).__bindgen_anon_3.data.as_ref(),
+                data: *(&raw const (*msg).__bindgen_anon_3).cast(),
             }
         }
     }
 
-    /// Whether the interrupt is, or is about to be, in use. Before a driver requests it, it has a
-    /// vector that all such interrupts share.
+    /// Whether the interrupt has a vector of its own. On x86 it has none before a driver requests
+    /// it, but one that all such interrupts share.
     pub fn is_requested(&self) -> bool {
-        self.vector() != bindings::MANAGED_IRQ_SHUTDOWN_VECTOR
+        !arch::is_shared(self.vector())
     }
 
-    /// The CPU's vector that the interrupt has at present.
+    /// The CPU's vector that the interrupt has at present; on arm64 the number of its SPI.
     pub fn vector(&self) -> u32 {
-        // SAFETY: By the type invariants `data` is valid. Its parent is the vector domain, where
-        // the configuration lives as long as the interrupt.
-        unsafe {
-            match bindings::irqd_cfg(self.data.as_ptr())
-                .cast::<bindings::irq_cfg>()
-                .as_ref()
-            {
-                Some(cfg) => cfg.vector,
-                None => 0,
-            }
-        }
+        // SAFETY: By the type invariants `data` is valid and belongs to a bus's domain.
+        unsafe { arch::vector(self.data.as_ptr()) }
+    }
+
+    /// The vector to create several MSIs with that share a message, of which this is the first.
+    pub fn multi_vector(&self) -> u32 {
+        // SAFETY: By the type invariants `data` is valid and belongs to a bus's domain.
+        unsafe { arch::multi_vector(self.data.as_ptr()) }
     }
 
     /// The online CPUs it goes to at present.
@@ -192,7 +192,8 @@ pub trait MsiController: Send + Sync + 'static {
     fn compose(&self, irq: &Interrupt<'_>, data: &mut Self::Data) -> MsiMessage;
 
     /// The interrupt gets enabled, maybe with a new CPU or vector, or is one of several MSIs and was
-    /// composed anew while it is enabled. Must not sleep.
+    /// composed anew while it is enabled. Must not sleep. Only called on x86: on arm64 CPUs are
+    /// chosen by the GIC, not the host.
     fn unmask(&self, irq: &Interrupt<'_>, data: &mut Self::Data);
 
     /// The interrupt is not needed any more.
@@ -267,7 +268,7 @@ impl<C: MsiController> MsiDomain<C> {
             | bindings::MSI_FLAG_PCI_MSIX
             | bindings::MSI_FLAG_PCI_MSIX_ALLOC_DYN
             | bindings::MSI_GENERIC_FLAGS_MASK,
-        chip_flags: bindings::MSI_CHIP_FLAG_SET_ACK,
+        chip_flags: arch::CHIP_FLAGS,
         bus_select_token: bindings::irq_domain_bus_token_DOMAIN_BUS_PCI_MSI,
         bus_select_mask: 0,
         prefix: PREFIX.to_bytes_with_nul().as_ptr(),
@@ -287,14 +288,16 @@ impl<C: MsiController> MsiDomain<C> {
     }
 
     /// Creates a domain that is known as `name`.
+    ///
+    /// Fails with `ENODEV` if the machine has no domain to make it on.
     pub fn new(name: &CStr, controller: Arc<C>) -> Result<Self> {
+        let parent = NonNull::new(arch::parent_domain()).ok_or(ENODEV)?;
         let fwnode = FwNode::new(name)?;
         let mut info = bindings::irq_domain_info {
             fwnode: fwnode.0.as_ptr(),
             ops: Self::domain_ops(),
             host_data: Arc::as_ptr(&controller).cast_mut().cast(),
-            // SAFETY: The variable is set at boot and does not change.
-            parent: unsafe { bindings::x86_vector_domain },
+            parent: parent.as_ptr(),
             ..pin_init::zeroed()
         };
         // SAFETY: All of `info` is valid; the tables are constant.
@@ -338,8 +341,11 @@ impl<C: MsiController> MsiDomain<C> {
         _reserve: bool,
     ) -> c_int {
         // SAFETY: The interrupt core calls this for a valid interrupt of ours, which is not
-        // composed, unmasked or freed at the same time.
-        let callee = unsafe { (Interrupt::from_raw(data), Self::of(data)) };
+        // composed, unmasked, moved or freed at the same time.
+        let callee = unsafe {
+            arch::prepare_activation(data);
+            (Interrupt::from_raw(data), Self::of(data))
+        };
         let (Some(irq), Some((controller, own))) = callee else {
             return ENODEV.to_errno();
         };
@@ -359,12 +365,13 @@ impl<C: MsiController> MsiDomain<C> {
             (Some(irq), Some((controller, own))) => controller.compose(&irq, own),
             _ => MsiMessage::default(),
         };
-        // SAFETY: The interrupt core passes a valid pointer, and this is the structure's layout.
+        // SAFETY: The interrupt core passes a valid pointer, and this is the structure's layout:
+        // three unions of a number and its parts.
         unsafe {
             let msg = msg.cast::<bindings::msi_msg>();
-            *(*msg).__bindgen_anon_1.address_lo.as_mut() = message.address as u32;
-            *(*msg).__bindgen_anon_2.address_hi.as_mut() = (message.address >> 32) as u32;
-            *(*msg).__bindgen_anon_3.data.as_mut() = message.data;
+            *(&raw mut (*msg).__bindgen_anon_1).cast() = message.address as u32;
+            *(&raw mut (*msg).__bindgen_anon_2).cast() = (message.address >> 32) as u32;
+            *(&raw mut (*msg).__bindgen_anon_3).cast() = message.data;
         }
     }
 
@@ -406,7 +413,8 @@ impl<C: MsiController> MsiDomain<C> {
                     if let (Some(irq), Some((controller, own))) =
                         (Interrupt::from_raw(data), Self::of(data))
                     {
-                        if matches!(irq.kind(), MsiKind::Multi { .. }) && irq.is_requested() {
+                        let is_multi = matches!(irq.kind(), MsiKind::Multi { .. });
+                        if arch::HAS_RETARGET && is_multi && irq.is_requested() {
                             controller.unmask(&irq, own);
                         }
                     }
@@ -429,11 +437,13 @@ impl<C: MsiController> MsiDomain<C> {
     }
 
     extern "C" fn unmask_callback(data: *mut bindings::irq_data) {
-        // SAFETY: The interrupt core calls this for a valid interrupt with our chip, holding the
-        // interrupt's lock.
-        let callee = unsafe { (Interrupt::from_raw(data), Self::of(data)) };
-        if let (Some(irq), Some((controller, own))) = callee {
-            controller.unmask(&irq, own);
+        if arch::HAS_RETARGET {
+            // SAFETY: The interrupt core calls this for a valid interrupt with our chip, holding
+            // the interrupt's lock.
+            let callee = unsafe { (Interrupt::from_raw(data), Self::of(data)) };
+            if let (Some(irq), Some((controller, own))) = callee {
+                controller.unmask(&irq, own);
+            }
         }
         // SAFETY: The interrupt has a parent.
         unsafe {
@@ -450,7 +460,7 @@ impl<C: MsiController> MsiDomain<C> {
         arg: *mut c_void,
     ) -> c_int {
         // SAFETY: The interrupt core calls this with a valid domain and unused interrupts.
-        let result = unsafe { bindings::irq_domain_alloc_irqs_parent(domain, virq, count, arg) };
+        let result = unsafe { arch::alloc_parent(domain, virq, count, arg) };
         if result < 0 {
             return result;
         }
@@ -472,12 +482,7 @@ impl<C: MsiController> MsiDomain<C> {
                     Self::chip(),
                     KBox::into_raw(own).cast(),
                 );
-                bindings::__irq_set_handler(
-                    virq + i,
-                    Some(bindings::handle_edge_irq),
-                    0,
-                    c"edge".as_char_ptr(),
-                );
+                arch::set_handler(virq + i);
             }
         }
         0
@@ -549,11 +554,10 @@ extern "C" fn init_dev_msi_info(
         if !bindings::msi_lib_init_dev_msi_info(dev, domain, real_parent, info) {
             return false;
         }
-        (*(*info).ops).msi_prepare = Some(bindings::pci_msi_prepare);
         let chip = (*info).chip;
         (*chip).irq_set_affinity = Some(bindings::irq_chip_set_affinity_parent);
         (*chip).irq_retrigger = Some(bindings::irq_chip_retrigger_hierarchy);
-        (*chip).flags |= bindings::IRQCHIP_MOVE_DEFERRED as kernel::ffi::c_ulong;
+        arch::adapt_device_domain(info);
     }
     true
 }

@@ -4,7 +4,7 @@
 //!
 //! The host says which message a function has to send for an interrupt, when it is told the vector
 //! and the processor. Later the hypervisor can be told another vector and processor ("retarget"),
-//! and the message stays the same.
+//! and the message stays the same. On arm64 the vector is an SPI, and nothing is told later.
 
 use hyperv_wire::{
     hypercall::{
@@ -74,12 +74,8 @@ const COMPOSE_SLOW: Delta = Delta::from_micros(500);
 /// How often the guest looks then, and whether the function is still there, which costs an exit.
 const COMPOSE_SLOW_POLL: Delta = Delta::from_micros(100);
 
-/// Delivery mode of the local APIC: to the given vector.
+/// Delivery mode of the local APIC: to the given vector. On arm64 there is no other.
 const DELIVERY_FIXED: u8 = 0;
-
-/// Any vector would do for several MSIs at once, as the retarget gives each its own. It must be
-/// a multiple of their number, and not zero.
-const MULTI_MSI_VECTOR: u32 = 32;
 
 /// The interrupts of one bus.
 pub(crate) struct Controller {
@@ -160,7 +156,7 @@ impl Controller {
                 }
                 let cpu = pci_host::next_online_cpu(self.next_cpu.load(Relaxed));
                 self.next_cpu.store(cpu.wrapping_add(1), Relaxed);
-                (cpu, MULTI_MSI_VECTOR, count)
+                (cpu, irq.multi_vector(), count)
             }
         };
         let interrupt = self.create(&child, cpu, vector, count)?;
