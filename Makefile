@@ -20,6 +20,10 @@ all: modules
 modules:
 	@scripts/build-modules.sh $(BUILD) $(if $(V),V=$(V))
 
+.PHONY: arm64
+arm64:
+	@scripts/build-modules.sh --arm64 $(BUILD)/arm64 $(if $(V),V=$(V))
+
 .PHONY: tools
 tools:
 	@scripts/build-tools.sh $(BUILD)
@@ -86,6 +90,7 @@ help:
 #h   make bench       measure the Rust and the C drivers against each other (ARGS=--help)
 #h
 #h   make install     install the modules for the running kernel (the way back: make uninstall)
+#h   make arm64       build the modules for Debian's arm64 kernel, into build/arm64 (not run anywhere)
 #h   make tools       build the lab host, build/hvlab
 #h   make image       make the guest image
 #h   make lint        only the checks that need no virtual machine

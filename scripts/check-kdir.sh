@@ -4,7 +4,7 @@
 # Tells whether Rust modules can be built against a kernel tree with the rustc
 # that is found here, and if not, why and what to do.
 #
-# usage: check-kdir.sh KDIR
+# usage: check-kdir.sh KDIR [arm64]
 
 . "$(dirname "$0")/common.sh"
 
@@ -18,6 +18,7 @@ is_older() {
 }
 
 kdir=$1
+arch=${2:-x86}
 config=$kdir/include/config/auto.conf
 
 [ -d "$kdir" ] ||
@@ -34,7 +35,11 @@ series=$(sed -En 's/^([0-9]+\.[0-9]+).*/\1/p' <<<"$release")
 grep -q '^CONFIG_RUST=y' "$config" ||
 	die "KDIR=$kdir is of a kernel built without CONFIG_RUST: it cannot load Rust modules" \
 		"use a kernel with CONFIG_RUST=y, such as linux-image-cloud-amd64 of trixie-backports"
-for option in X86_64 MODULES PCI_MSI NET INET; do
+case $arch in
+arm64) machine=ARM64 target='' tools="bindgen clang ld.lld" ;;
+*) machine=X86_64 target=scripts/target.json tools="bindgen gcc ld" ;;
+esac
+for option in $machine MODULES PCI_MSI NET INET; do
 	grep -q "^CONFIG_$option=y" "$config" ||
 		die "KDIR=$kdir is of a kernel without CONFIG_$option, which the drivers need"
 done
@@ -44,7 +49,7 @@ grep -q '^CONFIG_HYPERV_VMBUS=[ym]' "$config" || grep -q '^CONFIG_HYPERV=[ym]' "
 
 missing=
 for file in rust/lib{core,ffi,bindings,build_error,kernel,pin_init,zerocopy}.rmeta \
-	rust/lib{macros,zerocopy_derive}.so scripts/target.json; do
+	rust/lib{macros,zerocopy_derive}.so $target; do
 	[ -e "$kdir/$file" ] || missing="$missing $file"
 done
 if [ -n "$missing" ]; then
@@ -54,7 +59,7 @@ if [ -n "$missing" ]; then
 		"other distributions: look for a package with it (Ubuntu: linux-lib-rust-*)"
 fi
 # Debian has it with the architecture.
-[ -e "$kdir/scripts/module.lds" ] || [ -e "$kdir/arch/x86/module.lds" ] ||
+[ -e "$kdir/scripts/module.lds" ] || [ -e "$kdir/arch/$arch/module.lds" ] ||
 	die "KDIR=$kdir has no scripts/module.lds: it is not prepared for modules" "make modules_prepare in that tree"
 [ -s "$kdir/Module.symvers" ] ||
 	die "KDIR=$kdir has no Module.symvers: it was prepared, but not built" \
@@ -68,8 +73,8 @@ want=$(sed -En 's/^CONFIG_RUSTC_VERSION_TEXT="?([^"]*)"?$/\1/p' "$config")
 	die "wrong rustc for KDIR=$kdir: its metadata is of \"$want\", here is \"$have\"" \
 		"make TOOLCHAIN=host KDIR=$kdir on the machine whose rustc built that kernel" \
 		"or make modules_prepare in that tree with this rustc"
-for tool in bindgen gcc ld; do
-	command -v $tool >/dev/null ||
+for tool in $tools; do
+	command -v "$tool" >/dev/null ||
 		die "$tool is missing" "apt-get install bindgen build-essential, or leave out TOOLCHAIN=host"
 done
 

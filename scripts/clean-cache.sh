@@ -8,7 +8,7 @@
 [ -d "$cache" ] || exit 0
 need_root
 with_lock build-root
-for dir in "$cache"/root-* "$cache"/kernel-* "$cache"/cargo-target-* "$cache"/cargo "$cache"/image "$cache"/apt "$cache"/log; do
+for dir in "$cache"/root-* "$cache"/kernel-* "$cache"/arm64-* "$cache"/cargo-target-* "$cache"/cargo "$cache"/image "$cache"/apt "$cache"/log; do
 	[ -e "$dir" ] || continue
 	say "removing $dir"
 	rm -rf --one-file-system "$dir"
