@@ -105,7 +105,7 @@ impl Function<'_> {
     }
 
     /// Gives a command to its driver. Gives the result.
-    fn command(&self, command: &str) -> Result<String> {
+    pub fn command(&self, command: &str) -> Result<String> {
         self.command_within(command, LONG)
     }
 
@@ -124,7 +124,7 @@ impl Function<'_> {
     }
 
     /// Compares what was sent with what was received. Gives how often that was.
-    fn check(&self) -> Result<u64> {
+    pub fn check(&self) -> Result<u64> {
         let result = self.command("check")?;
         let values = values(&result);
         let value = |name: &str| values.get(name).copied().unwrap_or(u64::MAX);

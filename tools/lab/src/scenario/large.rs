@@ -10,7 +10,7 @@ use regex::Regex;
 
 use super::functions::{pinned, Function};
 use super::guest::{Boot, Guest};
-use super::{ensure, Context, Drivers, Result};
+use super::{ensure, eventually, Context, Drivers, Result};
 
 /// Buses.
 const BUSES: usize = 64;
@@ -18,6 +18,10 @@ const BUSES: usize = 64;
 const FIRMWARE: u16 = 0x7d00;
 /// Processors; a mask has 64 bits.
 const CPUS: u32 = 66;
+/// The bus whose function has as many vectors as MSI-X knows.
+const MANY: usize = 43;
+/// Processors for them, with those beyond the 64th; each has nearly 200 vectors.
+const RUNNING: u32 = 10;
 /// What it may take until all buses are there.
 const ALL: Duration = Duration::from_secs(120);
 
@@ -42,8 +46,9 @@ impl Bus {
         let node = self
             .node
             .map_or(String::new(), |(node, _)| format!(",node={node}"));
+        let vectors = if self.number == MANY { 2048 } else { 2 };
         format!(
-            "bus={},version={},kind=test,msix=2{node}",
+            "bus={},version={},kind=test,msix={vectors}{node}",
             self.instance(),
             self.version
         )
@@ -169,6 +174,31 @@ pub fn run(context: &mut Context<'_>) -> Result<()> {
             })?;
         }
         Ok(())
+    });
+    context.check("2048 vectors of MSI-X, and each fires", || {
+        let online = format!(
+            "for n in $(seq 2 {}); do echo 1 >/sys/devices/system/cpu/cpu$n/online; done",
+            RUNNING - 1
+        );
+        guest.sh_within(&online, ALL)?;
+        let function = Function {
+            guest: &guest,
+            domain: buses[MANY].domain,
+            number: 0,
+        };
+        let count = |name: &str| guest.host.counter(&format!("pci{MANY}.interrupts.{name}"));
+        let before = count("created")?;
+        function.expect(
+            "vectors msix 2048 2048",
+            "allocated=2048 requested=2048 error=0",
+        )?;
+        function.command("fire 0 2048 2")?;
+        let sent = function.check()?;
+        ensure(sent == 2 * 2048, || format!("{sent} were sent"))?;
+        function.command("free")?;
+        let created = count("created")? - before;
+        ensure(created >= 2048, || format!("the host has made {created}"))?;
+        eventually(ALL, "all are given back", || Ok(count("live")? == 0))
     });
     context.finish(guest)
 }
