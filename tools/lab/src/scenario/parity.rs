@@ -26,7 +26,9 @@ fn source(scenario: &str) -> String {
     if let Ok(more) = fs::read_dir(folder) {
         files.extend(more.map(|file| file.unwrap().path()));
     }
-    let read = |file: &PathBuf| fs::read_to_string(file).expect(&file.to_string_lossy());
+    let read = |file: &PathBuf| {
+        fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
+    };
     files.iter().map(read).collect()
 }
 
