@@ -313,8 +313,7 @@ pub(crate) fn halt(shared: &Shared) {
         return;
     }
     let mut requests = shared.rndis.requests.lock();
-    // If it fails, closing the channel has to do.
-    let _ = send(shared, &mut requests, |id, page| {
+    let sent = send(shared, &mut requests, |id, page| {
         rndis::encode(
             MessageType::HALT,
             &rndis::Halt {
@@ -324,6 +323,10 @@ pub(crate) fn halt(shared: &Shared) {
             page,
         )
     });
+    // If it fails, closing the channel has to do. Otherwise the host reads it before that.
+    if sent.is_ok() {
+        let _ = shared.hv.wait_for(&shared.rndis.page_done, TIMEOUT);
+    }
 }
 
 /// Queries an object. `read` gets the host's information.
