@@ -236,6 +236,7 @@ impl PciFunction for ManaVf {
                 table: 0,
                 pending: MSIX_PENDING,
             }),
+            rom: None,
             msi: None,
         }
     }

@@ -256,6 +256,7 @@ impl PciFunction for NvmeDisk {
                 table: MSIX_TABLE,
                 pending: MSIX_PENDING,
             }),
+            rom: None,
             msi: None,
         }
     }

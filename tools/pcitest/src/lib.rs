@@ -39,6 +39,8 @@ pub const VENDOR: u16 = 0x1414;
 pub const DEVICE: u16 = 0xfe57;
 /// BAR 0 has the registers; memory begins after them.
 pub const REGISTERS_LEN: u64 = 0x1_0000;
+/// Size of the ROM, which the bus does not show.
+pub const ROM_LEN: u32 = 0x1_0000;
 /// Most MSI-X vectors.
 pub const MSIX_MAX: u16 = 2048;
 /// Configuration blocks are numbered from 1 to this.
@@ -166,6 +168,7 @@ impl PciFunction for TestFunction {
             subsystem_vendor: VENDOR,
             subsystem: DEVICE,
             bars: self.options.bars,
+            rom: Some(ROM_LEN),
             msix,
             msi: self.options.msi,
         }

@@ -19,6 +19,7 @@ const SIZE: usize = CONFIG_SPACE_SIZE as usize;
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const BAR0: usize = 0x10;
+const ROM: usize = 0x30;
 const CAPABILITY_POINTER: usize = 0x34;
 const FIRST_CAPABILITY: usize = 0x40;
 
@@ -31,6 +32,7 @@ const CAPABILITY_MSI: u8 = 0x05;
 const CAPABILITY_EXPRESS: u8 = 0x10;
 const CAPABILITY_MSIX: u8 = 0x11;
 
+const ROM_ENABLE: u32 = 1;
 const BAR_WIDE: u32 = 4;
 const BAR_PREFETCHABLE: u32 = 8;
 
@@ -105,6 +107,9 @@ impl ConfigSpace {
                 space.allow32(at + 4, (mask >> 32) as u32);
             }
             space.sizes[n] = Some(bar.size);
+        }
+        if let Some(size) = description.rom {
+            space.allow32(ROM, !(size - 1) | ROM_ENABLE);
         }
         space.add_capabilities(description);
         space
@@ -292,6 +297,7 @@ mod tests {
                 wide(0x2_0000_0000),
                 None,
             ],
+            rom: Some(0x1_0000),
             msix: Some(MsixLayout {
                 vectors: 9,
                 bar: 2,
@@ -369,6 +375,14 @@ mod tests {
             assert_eq!(f.write32(BAR0 + 4 * n, !0), Effects::default());
             assert_eq!(f.read32(BAR0 + 4 * n), *mask);
         }
+    }
+
+    #[test]
+    fn rom_sizing() {
+        let mut f = fixture();
+        assert_eq!(f.read32(ROM), 0);
+        f.write32(ROM, !0);
+        assert_eq!(f.read32(ROM), 0xffff_0001);
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub struct Description {
     pub subsystem: u16,
     /// The BARs; what follows a wide one must be `None`.
     pub bars: [Option<Bar>; 6],
+    /// Size of the ROM, if there is one; the bus has no way to tell the guest of it.
+    pub rom: Option<u32>,
     /// MSI-X, if the function has it.
     pub msix: Option<MsixLayout>,
     /// Most MSI vectors (a power of two up to 32), if the function has MSI.

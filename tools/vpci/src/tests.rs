@@ -62,6 +62,7 @@ impl PciFunction for Memory {
                 table: 0,
                 pending: 0x1000,
             }),
+            rom: None,
             msi: None,
         }
     }

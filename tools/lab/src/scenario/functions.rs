@@ -277,6 +277,23 @@ fn look(context: &mut Context<'_>, functions: &[Function<'_>]) {
         }
         Ok(())
     });
+    context.check(
+        "a ROM is hidden: its BAR is zero, whatever is written",
+        || {
+            for function in functions {
+                let address = function.address();
+                let text = function.guest.sh(&format!(
+                    "setpci -s {address} ROM_ADDRESS=ffffffff; setpci -s {address} ROM_ADDRESS"
+                ))?;
+                let host = function.guest.host.pci_config(0, function.number)?;
+                let host = &host[2 * 0x30..2 * 0x34];
+                ensure(text.trim() == "00000000" && host == "00000000", || {
+                    format!("{address}: {text}, at the host {host}")
+                })?;
+            }
+            Ok(())
+        },
+    );
     context.check("each kind of BAR holds what is written at its ends", || {
         let line = Regex::new("(?m)^BAR ([0-9]): 0x[0-9a-f]+\\+0x([0-9a-f]+)(.*) good$")?;
         for (function, bars) in functions.iter().zip(BARS) {
