@@ -89,6 +89,18 @@ pub fn account_for(guest: &Guest, patterns: &[&str]) -> Result<Vec<String>> {
     Ok(lines)
 }
 
+/// The same, where each of the patterns must match at least one; those of `others` need not.
+pub fn account_for_each(guest: &Guest, patterns: &[&str], others: &[&str]) -> Result<()> {
+    let lines = account_for(guest, &[patterns, others].concat())?;
+    for pattern in patterns {
+        let regex = Regex::new(pattern)?;
+        ensure(lines.iter().any(|line| regex.is_match(line)), || {
+            format!("no line with '{pattern}' in\n{}", lines.join("\n"))
+        })?;
+    }
+    Ok(())
+}
+
 /// Takes all drivers of devices of the host away.
 pub fn unload(guest: &Guest) -> Result<()> {
     unload_pci(guest)?;

@@ -9,9 +9,8 @@ use std::time::{Duration, Instant};
 
 use lab_agent::client::Running;
 use lab_control::{Answer, PciAction, PciRequest};
-use regex::Regex;
 
-use super::super::ending::account_for;
+use super::super::ending::{account_for, account_for_each};
 use super::super::faults::released;
 use super::super::{ensure, eventually, Context, Result};
 use super::{device, sysfs, Lab, BUSES, GONE, SOON, TIMEOUT};
@@ -263,15 +262,7 @@ fn configuration_blocks(context: &mut Context<'_>, lab: &Lab<'_>, rust: bool) {
 
 /// The errors logged since the last time must be these, each at least once.
 fn explained(lab: &Lab<'_>, patterns: &[&str]) -> Result<()> {
-    let known = [patterns, &[UNANSWERED, LATE]].concat();
-    let lines = account_for(lab.guest, &known)?;
-    for pattern in patterns {
-        let regex = Regex::new(pattern)?;
-        ensure(lines.iter().any(|line| regex.is_match(line)), || {
-            format!("no line with '{pattern}' in\n{}", lines.join("\n"))
-        })?;
-    }
-    Ok(())
+    account_for_each(lab.guest, patterns, &[UNANSWERED, LATE])
 }
 
 /// Has each function's driver request two vectors, which must come.
